@@ -1,0 +1,95 @@
+"""The contract between a training method and the trainer.
+
+A method is two pure functions and, where its program changes during a run, the method that
+follows it. Flags, presets, sharding, checkpoints and metrics come from the trainer.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+# A metric is a pair (sum, count): summed over micro-batches, hosts and steps, divided once.
+Metrics = dict[str, tuple[jax.Array, jax.Array]]
+Params = Any
+Extra = Any
+
+
+class Batch(NamedTuple):
+    """Packed documents. Every field is `[B, L]`.
+
+    inputs, targets: int32 token ids; `targets[:, t]` follows `inputs[:, t]`.
+    positions: int32, counted from 0 in each document.
+    segments: int32, the same within a document, 0 on padding.
+    where: bool, False deletes the target (padding).
+    """
+
+    inputs: jax.Array
+    targets: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    where: jax.Array
+
+
+class LossFn(Protocol):
+    """`loss(params, extra, batch, *, step, key) -> (scalar, metrics)`.
+
+    The scalar is what is minimised: a mean over `metrics["loss"][1]` tokens, so that
+    micro-batches can be weighted by that count. `metrics["loss"]` is the next-token negative
+    log-likelihood in nats, whatever else the scalar contains. Called without gradient on
+    validation data it gives the validation metrics. `step` is an int32 scalar array.
+    """
+
+    def __call__(
+        self, params: Params, extra: Extra, batch: Batch, *, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]: ...
+
+
+class Pretrained(NamedTuple):
+    """A finished model: what `LoadPretrained` gives for a run's or a Hugging Face folder."""
+
+    config: Any  # its TransformerConfig
+    params: Params  # sharded like a model of our own
+    tokenizer: str | None  # fingerprint of its tokenizer, None where the folder has none
+
+
+class LoadPretrained(Protocol):
+    """Reads a finished model. With `abstract=True` the parameters are shapes, nothing is read."""
+
+    def __call__(self, source: str, *, abstract: bool = False) -> Pretrained: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a method may know about the run it is built for."""
+
+    model: Any  # the student's TransformerConfig
+    num_steps: int  # optimiser steps of the whole run
+    sequence_length: int  # tokens
+    tokenizer: str  # fingerprint of the run's tokenizer
+    load_pretrained: LoadPretrained
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """A training method.
+
+    init_params: key -> the trained parameters, boxed with logical axis names (traced by the
+        trainer inside `jit`, so that they are born sharded).
+    init: key -> what is not a parameter (LET: the frozen teacher). Not traced: it may read files.
+    loss: see `LossFn`.
+    flops_per_token: analytic training FLOPs per token of a sequence of the run's length,
+        forward and backward, multiply and add counted apart.
+    checkpoint_extra: False where `init` makes the same again on a restart (a frozen teacher).
+    until, then: from optimiser step `until` on the run continues as `then`. The program of
+        `then` contains nothing of this method, and `extra` is freed.
+    """
+
+    init_params: Callable[[jax.Array], Params]
+    init: Callable[[jax.Array], Extra]
+    loss: LossFn
+    flops_per_token: float
+    checkpoint_extra: bool = True
+    until: int | None = None
+    then: "Method | None" = None

@@ -1,0 +1,196 @@
+"""Architecture configurations: frozen, self-validating, with the published sizes."""
+
+import dataclasses
+from typing import Literal
+
+VOCABULARY_MULTIPLE = 128  # sharding needs divisible sizes, kernels aligned ones
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """Decoder-only transformer: Llama, Qwen, GPT-NeoX and OPT families in one description.
+
+    `None` means derived: `kv_heads` = `num_heads`, `head_size` = `embed_dim / num_heads`,
+    `mlp_size` = 8/3 (SwiGLU) or 4 (others) times `embed_dim`, rounded up to 128.
+    """
+
+    vocab_size: int = 256
+    num_layers: int = 4
+    embed_dim: int = 128
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    max_length: int = 2048  # longest context in tokens
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    norm_eps: float = 1e-5
+    mlp: Literal["swiglu", "gelu", "gelu_tanh", "relu"] = "swiglu"
+    positions: Literal["rotary", "learned"] = "rotary"
+    learned_position_offset: int = 0  # OPT's table begins with two unused rows
+    rotary_fraction: float = 1.0  # GPT-NeoX rotates a part of each head
+    rope_theta: float = 10_000.0
+    rope_scaling: Literal["none", "linear", "llama3"] = "none"
+    rope_scaling_factor: float = 1.0
+    rope_low_frequency_factor: float = 1.0
+    rope_high_frequency_factor: float = 4.0
+    rope_original_length: int = 8192
+    parallel_residual: bool = False  # attention and feed-forward read the same input
+    qkv_bias: bool = False
+    output_bias: bool = False  # bias of the attention's output projection
+    mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each query and key head, before rotation
+    tie_embeddings: bool = False
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "max_length"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} {value} must be at least 1")
+        for name in ("num_kv_heads", "head_dim", "mlp_dim"):
+            value = getattr(self, name)
+            _require(
+                value is None or value >= 1, f"{name} {value} must be at least 1, or None to derive"
+            )
+        _require(
+            self.head_dim is not None or self.embed_dim % self.num_heads == 0,
+            f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}; "
+            "set head_dim or change one of them",
+        )
+        _require(
+            self.num_heads % self.kv_heads == 0,
+            f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}",
+        )
+        _require(
+            0.0 < self.rotary_fraction <= 1.0,
+            f"rotary_fraction {self.rotary_fraction} must be above 0 and at most 1",
+        )
+        _require(
+            self.positions != "rotary" or (self.rotary_dim % 2 == 0 and self.rotary_dim > 0),
+            f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_size} gives "
+            f"{self.rotary_dim} rotated features; the number must be even and positive",
+        )
+        _require(self.norm_eps > 0, f"norm_eps {self.norm_eps} must be positive")
+        _require(
+            self.rope_scaling_factor >= 1,
+            f"rope_scaling_factor {self.rope_scaling_factor} must be at least 1",
+        )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.embed_dim // self.num_heads
+
+    @property
+    def mlp_size(self) -> int:
+        if self.mlp_dim:
+            return self.mlp_dim
+        wanted = 8 * self.embed_dim / 3 if self.mlp == "swiglu" else 4 * self.embed_dim
+        return -(-int(wanted) // 128) * 128
+
+    @property
+    def rotary_dim(self) -> int:
+        """Number of features of a head that are rotated."""
+        return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """`vocab_size` rounded up to a multiple of 128; the padded logits are masked."""
+        return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+# The sizes of LET's experiments. The students' widths and depths were not published (paper,
+# arXiv 2602.05393, gives only 1.4B, 3B and 7B, Llama style): these are the usual Llama shapes of
+# those sizes. The teachers are the published checkpoints' own config.json values.
+PUBLISHED: dict[str, TransformerConfig] = {
+    "let_1p4b": TransformerConfig(
+        vocab_size=49_152,
+        num_layers=24,
+        embed_dim=2048,
+        num_heads=16,
+        mlp_dim=5504,
+        max_length=2048,
+        remat="dots",
+    ),
+    "let_3b": TransformerConfig(
+        vocab_size=49_152,
+        num_layers=26,
+        embed_dim=3200,
+        num_heads=32,
+        mlp_dim=8640,
+        max_length=2048,
+        remat="dots",
+    ),
+    "let_7b": TransformerConfig(
+        vocab_size=128_256,
+        num_layers=32,
+        embed_dim=4096,
+        num_heads=32,
+        mlp_dim=11_008,
+        max_length=2048,
+        remat="full",
+    ),
+    "opt_125m": TransformerConfig(
+        vocab_size=50_272,
+        num_layers=12,
+        embed_dim=768,
+        num_heads=12,
+        mlp_dim=3072,
+        max_length=2048,
+        norm="layer_norm",
+        mlp="relu",
+        positions="learned",
+        learned_position_offset=2,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+        tie_embeddings=True,
+    ),
+    "pythia_160m": TransformerConfig(
+        vocab_size=50_304,
+        num_layers=12,
+        embed_dim=768,
+        num_heads=12,
+        mlp_dim=3072,
+        max_length=2048,
+        norm="layer_norm",
+        mlp="gelu",
+        rotary_fraction=0.25,
+        parallel_residual=True,
+        qkv_bias=True,
+        output_bias=True,
+        mlp_bias=True,
+    ),
+    "smollm_135m": TransformerConfig(
+        vocab_size=49_152,
+        num_layers=30,
+        embed_dim=576,
+        num_heads=9,
+        num_kv_heads=3,
+        mlp_dim=1536,
+        max_length=2048,
+        tie_embeddings=True,
+    ),
+    "llama_3p2_1b": TransformerConfig(
+        vocab_size=128_256,
+        num_layers=16,
+        embed_dim=2048,
+        num_heads=32,
+        num_kv_heads=8,
+        mlp_dim=8192,
+        max_length=131_072,
+        rope_theta=500_000.0,
+        rope_scaling="llama3",
+        rope_scaling_factor=32.0,
+        tie_embeddings=True,
+    ),
+}

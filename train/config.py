@@ -1,0 +1,192 @@
+"""The configuration of a run: frozen dataclasses are the truth, flags are made from them."""
+
+import dataclasses
+from typing import Any, Literal
+
+from jaxlib_methods import registry
+from jaxlib_methods.models.config import TransformerConfig
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; -1 (one axis at most) takes what the others leave.
+
+    data: replicas. fsdp: parameters and optimiser state. tensor: heads and hidden features.
+    sequence: context parallelism. dcn_data: slices of a multi-slice pod, a factor of `data`.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    dcn_data: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size >= 1 or size == -1, f"mesh.{name}={size} must be at least 1, or -1")
+        _require(self.dcn_data >= 1, f"mesh.dcn_data={self.dcn_data} must be at least 1")
+        free = [name for name, size in sizes.items() if size == -1]
+        _require(len(free) <= 1, f"mesh axes {free} are all -1; one at most can be derived")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which text, cut how.
+
+    source: `stdlib` (the Python standard library's own source), or files, folders or globs,
+        local or in a bucket, comma-separated for a mixture.
+    weights: mixture weights, one per source; None weights by size.
+    format: `auto` goes by the ending (.txt .md .py: text; .jsonl; .parquet; .arrayrecord).
+    tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
+    validation_source: None splits `validation_fraction` of the documents off the training text.
+    batch_size: sequences of the global batch, one optimiser step.
+    """
+
+    source: str = "stdlib"
+    weights: tuple[float, ...] | None = None
+    format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord"] = "auto"
+    text_field: str = "text"
+    tokenizer: str = "bytes"
+    validation_source: str | None = None
+    validation_fraction: float = 0.05
+    sequence_length: int = 256
+    batch_size: int = 16
+    shuffle_seed: int = 0
+    cache: str | None = None  # folder for token caches; None: in memory for small corpora
+    num_threads: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("sequence_length", "batch_size"):
+            value = getattr(self, name)
+            _require(value >= 1, f"data.{name}={value} must be at least 1")
+        _require(
+            0.0 < self.validation_fraction < 1.0,
+            f"data.validation_fraction={self.validation_fraction} must be between 0 and 1",
+        )
+        sources = self.source.split(",")
+        _require(
+            self.weights is None or len(self.weights) == len(sources),
+            f"data.weights has {len(self.weights or ())} numbers for {len(sources)} sources",
+        )
+        _require(
+            self.weights is None or (min(self.weights) >= 0 and sum(self.weights) > 0),
+            f"data.weights={self.weights} must be non-negative with a positive sum",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Optimiser and learning-rate schedule.
+
+    name: `adamw`, or `muon` (matrices by Muon, the rest by AdamW).
+    schedule: `cosine` to `final_fraction` of the peak; `wsd` (warm-up, stable, linear decay over
+        the last `decay_fraction`); `constant`.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_fraction: float = 0.05
+    decay_fraction: float = 0.2
+    final_fraction: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    epsilon: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # global norm; 0 does not clip
+
+    def __post_init__(self) -> None:
+        _require(
+            self.learning_rate > 0,
+            f"optimizer.learning_rate={self.learning_rate} must be positive",
+        )
+        for name in ("warmup_fraction", "decay_fraction", "final_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optimizer.{name}={value} must be between 0 and 1")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")
+        for name in ("weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            _require(value >= 0, f"optimizer.{name}={value} must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop: how long, how often, what to watch. Counts are optimiser steps."""
+
+    num_steps: int = 300
+    num_microbatches: int = 1  # gradient accumulation: the global batch in this many parts
+    log_every: int = 10
+    eval_every: int = 100  # and at the end
+    eval_batches: int = 8
+    profile_start: int = 0  # first profiled step
+    profile_steps: int = 0  # 0 does not profile; the trace goes to WORKDIR/profile
+    tensorboard: bool = False  # needs the `tensorboard` extra
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "num_microbatches", "log_every", "eval_every", "eval_batches"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}={value} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """Checkpoints go to WORKDIR/checkpoints, asynchronously.
+
+    Precedence of a start: own run > restore_from (a run: everything) > init_from (a run or a
+    Hugging Face folder: weights only) > new.
+    """
+
+    every: int = 200  # optimiser steps; 0 saves at the end only
+    keep: int = 3
+    restore_from: str | None = None
+    init_from: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 0, f"checkpoint.every={self.every} must not be negative")
+        _require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A whole run. `method_config` is the dataclass that the registry holds for `method`."""
+
+    method: str = "next_token"
+    preset: str = ""  # where the values came from; kept for the record
+    workdir: str = ""
+    seed: int = 0
+    compare: bool = False  # also train the plain baseline, on the same data and seed
+    model: TransformerConfig = TransformerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    mesh: MeshConfig = MeshConfig()
+    method_config: Any = None
+
+    def __post_init__(self) -> None:
+        expected = registry.config_class(self.method)
+        if self.method_config is None:
+            object.__setattr__(self, "method_config", expected())
+        _require(
+            isinstance(self.method_config, expected),
+            f"method {self.method!r} takes a {expected.__name__}, "
+            f"got {type(self.method_config).__name__}",
+        )
+        _require(
+            self.data.sequence_length <= self.model.max_length,
+            f"data.sequence_length={self.data.sequence_length} is longer than "
+            f"model.max_length={self.model.max_length}",
+        )
+        _require(
+            self.data.batch_size % self.train.num_microbatches == 0,
+            f"data.batch_size={self.data.batch_size} is not a multiple of "
+            f"train.num_microbatches={self.train.num_microbatches}",
+        )
