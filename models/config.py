@@ -45,8 +45,8 @@ class TransformerConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before rotation
     tie_embeddings: bool = False
-    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    compute_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:

@@ -1,0 +1,275 @@
+"""Norms, rotary positions, attention and feed-forward: functions first, modules around them."""
+
+# Dimension key: B batch, L sequence, M cached keys, D width, F hidden, H heads, C head size,
+# R rotated features of a head.
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.pallas_kernels.attention import attention_reference
+
+Initializer = Callable[..., jax.Array]
+Rotation = tuple[jax.Array, jax.Array]
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang and Sennrich 2019), in float32 or better.
+
+        y = x / sqrt(mean(x^2) + eps) * scale
+
+    x: `[..., D]`; scale: `[D]`. Returns x's shape and dtype.
+    """
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * jnp.expand_dims(scale, range(x.ndim - 1))).astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, *, eps: float) -> jax.Array:
+    """Layer norm over the last axis (Ba et al. 2016), in float32 or better.
+
+        y = (x - mean(x)) / sqrt(var(x) + eps) * scale + bias
+
+    x: `[..., D]`; scale, bias: `[D]`. Returns x's shape and dtype.
+    """
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    lead = range(x.ndim - 1)
+    return (y * jnp.expand_dims(scale, lead) + jnp.expand_dims(bias, lead)).astype(x.dtype)
+
+
+def rotary_frequencies(cfg: TransformerConfig) -> jax.Array:
+    """Angular frequencies of rotary positions (Su et al. 2021), radians per token, `[R / 2]`.
+
+        w_i = theta^(-2 i / R)
+
+    `linear` scaling divides all of them by the factor. `llama3` (Llama 3.1) divides only those
+    whose wavelength exceeds original_length / low_factor, keeps those below
+    original_length / high_factor, and blends between.
+    """
+    exponents = jnp.arange(0, cfg.rotary_dim, 2, dtype=jnp.float32) / cfg.rotary_dim
+    freq = cfg.rope_theta**-exponents
+    if cfg.rope_scaling == "linear":
+        return freq / cfg.rope_scaling_factor
+    if cfg.rope_scaling == "llama3":
+        low, high = cfg.rope_low_frequency_factor, cfg.rope_high_frequency_factor
+        turns = cfg.rope_original_length * freq / (2 * math.pi)
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return keep * freq + (1.0 - keep) * freq / cfg.rope_scaling_factor
+    return freq
+
+
+def rotation(positions: jax.Array, cfg: TransformerConfig) -> Rotation:
+    """Cosine and sine of the rotary angles at `positions` `[B, L]`, float32, each `[B, L, R/2]`."""
+    angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(cfg)[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, angles: Rotation) -> jax.Array:
+    """Rotates feature pairs (i, i + R/2) of the first R features of each head.
+
+    x: `[B, L, H, C]`; angles: cosine and sine `[B, L, R/2]`. Returns x's shape and dtype.
+    """
+    cos, sin = (a[:, :, None, :].astype(jnp.promote_types(x.dtype, jnp.float32)) for a in angles)
+    half = cos.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([t.astype(x.dtype) for t in turned] + [rest], axis=-1)
+
+
+def _kernel_init(fan_in: int, *, scale: float = 1.0) -> Initializer:
+    return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5 / 0.87962566)
+
+
+class Projection(nn.Module):
+    """A linear map over the last `len(in_names)` axes, with logical axis names.
+
+    kernel: `[*in_shape, *out_shape]`; bias: `[*out_shape]` where `use_bias`.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    in_names: tuple[str, ...]
+    out_names: tuple[str, ...]
+    use_bias: bool
+    cfg: TransformerConfig
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.cfg.compute_dtype)
+        kernel_init = _kernel_init(math.prod(self.in_shape), scale=self.init_scale)
+        kernel = self.param(
+            "kernel",
+            nn.with_logical_partitioning(kernel_init, (*self.in_names, *self.out_names)),
+            (*self.in_shape, *self.out_shape),
+            jnp.dtype(self.cfg.param_dtype),
+        )
+        axes = tuple(range(-len(self.in_shape), 0))
+        y = jnp.tensordot(x, kernel.astype(dtype), axes=(axes, tuple(range(len(self.in_shape)))))
+        if self.use_bias:
+            names = tuple("norm" if name == "embed" else name for name in self.out_names)
+            bias = self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, names),
+                self.out_shape,
+                jnp.dtype(self.cfg.param_dtype),
+            )
+            y = y + jnp.expand_dims(bias.astype(dtype), range(y.ndim - bias.ndim))
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm or LayerNorm, as the configuration says, over the last axis of size `size`."""
+
+    cfg: TransformerConfig
+    size: int
+    kind: str | None = None  # None: the configuration's
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        dtype = jnp.dtype(self.cfg.param_dtype)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        scale = self.param("scale", ones, (self.size,), dtype)
+        if (self.kind or self.cfg.norm) == "rms_norm":
+            return rms_norm(x, scale, eps=self.cfg.norm_eps)
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+        bias = self.param("bias", zeros, (self.size,), dtype)
+        return layer_norm(x, scale, bias, eps=self.cfg.norm_eps)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values.
+
+    x: `[B, L, D]`; where: bool `[B, L, M]`; angles: rotary cosine and sine or None;
+    cache: keys and values `[B, M, K, C]` of this layer and the slot at which to write, or None.
+    Returns the output `[B, L, D]` and the cache's new keys and values (None without a cache).
+    """
+
+    cfg: TransformerConfig
+
+    def setup(self) -> None:
+        cfg = self.cfg
+        heads, kv_heads = (cfg.num_heads, cfg.head_size), (cfg.kv_heads, cfg.head_size)
+        inputs: dict[str, Any] = {
+            "cfg": cfg,
+            "in_shape": (cfg.embed_dim,),
+            "in_names": ("embed",),
+            "use_bias": cfg.qkv_bias,
+        }
+        self.query = Projection(out_shape=heads, out_names=("heads", "head_dim"), **inputs)
+        self.key = Projection(out_shape=kv_heads, out_names=("kv_heads", "head_dim"), **inputs)
+        self.value = Projection(out_shape=kv_heads, out_names=("kv_heads", "head_dim"), **inputs)
+        self.output = Projection(
+            in_shape=heads,
+            out_shape=(cfg.embed_dim,),
+            in_names=("heads", "head_dim"),
+            out_names=("embed",),
+            use_bias=cfg.output_bias,
+            cfg=cfg,
+            init_scale=(2 * cfg.num_layers) ** -0.5,
+        )
+        if cfg.qk_norm:
+            self.query_norm = Norm(cfg, cfg.head_size, kind="rms_norm")
+            self.key_norm = Norm(cfg, cfg.head_size, kind="rms_norm")
+
+    def __call__(
+        self,
+        x: jax.Array,
+        where: jax.Array,
+        angles: Rotation | None,
+        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.cfg.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        if cache is not None:
+            keys, values, slot = cache
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), slot, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(
+                values, value.astype(values.dtype), slot, axis=1
+            )
+        query = constrain(query, "batch", "sequence", "heads", None)
+        # Context parallelism: queries stay cut along the sequence, keys and values are gathered.
+        key = constrain(key, "batch", None, "kv_heads", None)
+        value = constrain(value, "batch", None, "kv_heads", None)
+        mixed = attention_reference(query, key.astype(query.dtype), value, where=where)
+        return self.output(mixed.astype(query.dtype)), None if cache is None else (key, value)
+
+
+class FeedForward(nn.Module):
+    """Feed-forward block: `down(silu(gate(x)) * up(x))`, or `down(activation(up(x)))`.
+
+    x: `[B, L, D]`. Returns `[B, L, D]`.
+    """
+
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        cfg = self.cfg
+        inputs: dict[str, Any] = {
+            "in_shape": (cfg.embed_dim,),
+            "out_shape": (cfg.mlp_size,),
+            "in_names": ("embed",),
+            "out_names": ("mlp",),
+            "use_bias": cfg.mlp_bias,
+            "cfg": cfg,
+        }
+        up = Projection(name="up", **inputs)(x)
+        if cfg.mlp == "swiglu":
+            hidden = jax.nn.silu(Projection(name="gate", **inputs)(x)) * up
+        elif cfg.mlp == "relu":
+            hidden = jax.nn.relu(up)
+        else:
+            hidden = jax.nn.gelu(up, approximate=cfg.mlp == "gelu_tanh")
+        hidden = constrain(hidden, "batch", "sequence", "mlp")
+        return Projection(
+            name="down",
+            in_shape=(cfg.mlp_size,),
+            out_shape=(cfg.embed_dim,),
+            in_names=("mlp",),
+            out_names=("embed",),
+            use_bias=cfg.mlp_bias,
+            cfg=cfg,
+            init_scale=(2 * cfg.num_layers) ** -0.5,
+        )(hidden)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block.
+
+        sequential: h = x + attention(norm(x));  y = h + feed_forward(norm(h))
+        parallel:   y = x + attention(norm(x)) + feed_forward(norm(x))      (GPT-NeoX)
+
+    Arguments and results as `Attention`'s, on the residual stream `[B, L, D]`.
+    """
+
+    cfg: TransformerConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        where: jax.Array,
+        angles: Rotation | None,
+        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cfg = self.cfg
+        attention_norm = Norm(cfg, cfg.embed_dim, name="attention_norm")
+        mlp_norm = Norm(cfg, cfg.embed_dim, name="mlp_norm")
+        mlp = FeedForward(cfg, name="mlp")
+        mixed, kv = Attention(cfg, name="attention")(attention_norm(x), where, angles, cache)
+        y = x + mixed + mlp(mlp_norm(x)) if cfg.parallel_residual else x + mixed
+        if not cfg.parallel_residual:
+            y = y + mlp(mlp_norm(y))
+        return constrain(y, "batch", "sequence", None), kv

@@ -1,0 +1,231 @@
+"""Where arrays live: the mesh, the one logical-axis table, shardings of any tree."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
+
+# Logical axis name -> mesh axes. Parameters and activations share the table.
+LOGICAL_AXES: Mapping[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "sequence": ("sequence",),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "layers": (),
+    "head_dim": (),
+    "norm": (),
+    "table_rows": (),
+}
+
+
+def logical_spec(names: Sequence[str | None]) -> PartitionSpec:
+    """Translates logical axis names, one per dimension, into a PartitionSpec.
+
+    Raises ValueError for an unknown name, and where two dimensions would use one mesh axis.
+    """
+    used: dict[str, str] = {}
+    entries: list[tuple[str, ...] | str | None] = []
+    for name in names:
+        if name is not None and name not in LOGICAL_AXES:
+            raise ValueError(f"unknown logical axis {name!r}; choose from {sorted(LOGICAL_AXES)}")
+        axes = LOGICAL_AXES[name] if name is not None else ()
+        for axis in axes:
+            if axis in used:
+                raise ValueError(
+                    f"logical axes {tuple(names)} use mesh axis {axis!r} twice "
+                    f"({used[axis]!r} and {name!r}); leave one of them None"
+                )
+            used[axis] = str(name)
+        entries.append(axes[0] if len(axes) == 1 else axes or None)
+    return PartitionSpec(*entries)
+
+
+def batch_spec() -> PartitionSpec:
+    """The PartitionSpec of `[B, L]` token arrays."""
+    return logical_spec(("batch", "sequence"))
+
+
+def make_mesh(
+    *,
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    sequence: int = 1,
+    dcn_data: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+    """A mesh with all four axes, also those of size 1, so that no code asks which exist.
+
+    One size may be -1: it takes what the others leave. `dcn_data` slices are joined along
+    `data`. Axes are `Auto`, because Linen does not run under Explicit axes.
+    Raises ValueError where the sizes do not use every device exactly once.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    given = ", ".join(f"{name}={size}" for name, size in sizes.items())
+    if -1 in sizes.values() and len(devices) % known == 0:
+        sizes = {n: len(devices) // known if s == -1 else s for n, s in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        raise ValueError(
+            f"mesh {given} does not fit {len(devices)} devices; the product of the sizes must be "
+            f"{len(devices)} (one size may be -1)"
+        )
+    if sizes["data"] % dcn_data:
+        raise ValueError(f"dcn_data={dcn_data} does not divide the mesh axis data={sizes['data']}")
+    shape = tuple(sizes.values())
+    if dcn_data > 1 and getattr(devices[0], "slice_index", None) is not None:
+        inner = (shape[0] // dcn_data, *shape[1:])
+        grid = mesh_utils.create_hybrid_device_mesh(inner, (dcn_data, 1, 1, 1), devices)
+    elif devices[0].platform == "cpu":
+        grid = np.array(devices).reshape(shape)
+    else:
+        grid = mesh_utils.create_device_mesh(shape, devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Places an activation by logical axis names, one per dimension; no mesh, no effect.
+
+    A dimension that its mesh axes do not divide (a batch of one on eight devices) stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    entries = [
+        entry if x.shape[i] % _axes_size(mesh.shape, entry) == 0 else None
+        for i, entry in enumerate(logical_spec(names))
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def _axes_size(mesh_shape: Mapping[str, int], entry: tuple[str, ...] | str | None) -> int:
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh_shape[axis] for axis in axes)
+
+
+def _is_box(x: Any) -> bool:
+    return isinstance(x, nn.Partitioned)
+
+
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of `nn.with_logical_partitioning` boxes (abstract or not).
+
+    Raises ValueError naming the parameter whose dimension its mesh axes do not divide.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        if not _is_box(leaf):
+            return NamedSharding(mesh, PartitionSpec())
+        return _checked(path, leaf.value.shape, logical_spec(leaf.names), mesh)
+
+    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
+
+
+def _checked(path: Any, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
+    for size, entry in zip(shape, spec, strict=False):
+        parts = _axes_size(mesh.shape, entry)
+        if size % parts:
+            raise ValueError(
+                f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} of shape "
+                f"{tuple(shape)} cannot be cut into {parts} along its dimension of {size} (mesh "
+                f"axes {entry}); choose mesh sizes that divide it"
+            )
+    return NamedSharding(mesh, spec)
+
+
+def unbox(tree: Any) -> Any:
+    """Drops the logical-axis boxes."""
+    return nn.meta.unbox(tree)
+
+
+def shardings_by_path(
+    tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh
+) -> Any:
+    """Shardings of a foreign tree: the first rule (regex, logical axes) that matches a path wins.
+
+    Paths are joined by `/` and searched, not matched from the start. A leaf without a rule is
+    replicated. Raises ValueError where a rule's axes are not one per dimension of the leaf.
+    """
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        for pattern, names in rules:
+            if re.search(pattern, name):
+                if len(names) != len(leaf.shape):
+                    raise ValueError(
+                        f"rule {pattern!r} names {len(names)} axes for {name} of shape {leaf.shape}"
+                    )
+                return _checked(path, leaf.shape, logical_spec(names), mesh)
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def shardings_like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree that repeats the parameters, such as an optimiser state.
+
+    A leaf whose path ends in a parameter's path and that has its shape is placed like it;
+    anything else (counters, factored statistics) is replicated.
+    """
+    flat_params = jax.tree_util.tree_flatten_with_path(params)[0]
+    by_path = {
+        tuple(map(str, path)): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(flat_params, jax.tree.leaves(shardings), strict=True)
+    }
+    longest = max(map(len, by_path))
+
+    def place(path: Any, leaf: Any) -> NamedSharding:
+        keys = tuple(map(str, path))
+        for length in range(min(longest, len(keys)), 0, -1):
+            shape, sharding = by_path.get(keys[-length:], (None, None))
+            if shape == leaf.shape and sharding is not None:
+                return sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def sharded_fraction(tree: Any, shardings: Any, *, axes: Sequence[str]) -> float:
+    """Share of the tree's bytes (0 to 1) in leaves that are cut along one of the mesh axes."""
+    total = cut = 0
+    for leaf, sharding in zip(jax.tree.leaves(tree), jax.tree.leaves(shardings), strict=True):
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        names = {
+            name
+            for entry in sharding.spec
+            for name in ((entry,) if isinstance(entry, str) else entry or ())
+        }
+        total += size
+        cut += size * any(a in names and sharding.mesh.shape[a] > 1 for a in axes)
+    return cut / max(total, 1)
+
+
+def describe(tree: Any, shardings: Any) -> str:
+    """One line a leaf: path, dtype, shape and where it is cut; the golden text of a preset."""
+    lines = []
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        entries = [
+            "+".join((entry,) if isinstance(entry, str) else entry or ("-",))
+            for entry in (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
+        ]
+        lines.append(f"{name}  {leaf.dtype.name}{list(leaf.shape)}  {' '.join(entries)}".rstrip())
+    return "\n".join(lines) + "\n"
