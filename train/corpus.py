@@ -1,0 +1,277 @@
+"""Files to documents: text, JSONL, Parquet and ArrayRecord, local or in a bucket."""
+
+import functools
+import hashlib
+import itertools
+import json
+import sysconfig
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from etils import epath
+
+Format = Literal["text", "jsonl", "parquet", "arrayrecord"]
+Split = Literal["train", "validation"]
+
+FORMAT_OF_ENDING: dict[str, Format] = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".arrayrecord": "arrayrecord",
+    ".array_record": "arrayrecord",
+}
+# Tests, generated tables and whatever is not the library itself.
+STDLIB_EXCLUDED = frozenset(
+    ("__pycache__", "dist-packages", "encodings", "idle_test", "lib2to3", "pydoc_data")
+    + ("site-packages", "test", "tests", "turtledemo")
+)
+# A corpus of fewer documents is split exactly: neither side stays empty.
+SMALL_CORPUS_DOCUMENTS = 256
+
+
+class SourceFile(NamedTuple):
+    """A file of a source; `relative` is its path below the source, the same on every machine."""
+
+    path: epath.Path
+    relative: str
+    format: Format
+
+
+class Document(NamedTuple):
+    """A text; `name` says where it stands, `key` decides on which side of the split it goes."""
+
+    name: str
+    key: str
+    text: str
+
+
+def find_files(source: str, *, format: str = "auto") -> list[SourceFile]:
+    """The files of a source (`stdlib`, a file, a folder or a glob), sorted by relative path.
+
+    With `format="auto"` a folder gives the files with a known ending, else all of them.
+    """
+    if source == "stdlib":
+        return _find_stdlib()
+    path = epath.Path(source).expanduser()
+    is_glob = any(char in source for char in "*?[")
+    if is_glob and not path.exists():
+        found = _glob(path)
+    elif path.is_dir():
+        found = [(file, str(file.relative_to(path))) for file in _walk(path)]
+    elif path.exists():
+        found = [(path, path.name)]
+    else:
+        raise FileNotFoundError(
+            f"data.source={source} does not exist; give stdlib, a file, a folder or a glob"
+        )
+    searched = is_glob or path.is_dir()
+    files = [
+        SourceFile(file, relative, _format_of(file, format, default=None if searched else "text"))
+        for file, relative in found
+        if format != "auto" or not searched or file.suffix in FORMAT_OF_ENDING
+    ]
+    if not files:
+        raise FileNotFoundError(
+            f"data.source={source} has no files ending in {' '.join(FORMAT_OF_ENDING)}; "
+            "for other endings set data.format"
+        )
+    return sorted(files, key=lambda file: file.relative)
+
+
+def _format_of(path: epath.Path, format: str, *, default: Format | None) -> Format:
+    if format != "auto":
+        return format  # pyright: ignore[reportReturnType]  (checked by DataConfig)
+    return FORMAT_OF_ENDING.get(path.suffix, default)  # pyright: ignore[reportReturnType]
+
+
+def _find_stdlib() -> list[SourceFile]:
+    root = epath.Path(sysconfig.get_path("stdlib"))
+    files = []
+    for folder, folders, names in root.walk():
+        folders[:] = [name for name in folders if name not in STDLIB_EXCLUDED]
+        for name in names:
+            # _sysconfigdata describes the machine that Python was built on.
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                path = epath.Path(folder) / name
+                files.append(SourceFile(path, path.relative_to(root).as_posix(), "text"))
+    return sorted(files, key=lambda file: file.relative)
+
+
+def _walk(root: epath.Path) -> Iterator[epath.Path]:
+    for folder, folders, names in root.walk():
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                yield epath.Path(folder) / name
+
+
+def _glob(pattern: epath.Path) -> list[tuple[epath.Path, str]]:
+    parts = pattern.parts
+    fixed = list(itertools.takewhile(lambda part: not any(c in part for c in "*?["), parts))
+    root = epath.Path(*fixed) if fixed else epath.Path(".")
+    matches = root.glob("/".join(parts[len(fixed) :]))
+    return [(path, str(path.relative_to(root))) for path in matches if not path.is_dir()]
+
+
+def read_documents(
+    files: list[SourceFile], *, text_field: str = "text", skip_binary: bool = False
+) -> Iterator[Document]:
+    """The documents of files, in order; empty ones are left out.
+
+    A text file is one document; a row of the other formats is one. `skip_binary` passes over text
+    files that are not UTF-8.
+    """
+    for file in files:
+        if len(files) == 1 and file.path.stat().length == 0:
+            raise ValueError(f"{file.path} is empty")
+        for document in _READERS[file.format](file, text_field):
+            fault = _fault(document.text)
+            if fault and not skip_binary:
+                raise ValueError(f"{document.name} is not UTF-8 text: {fault}")
+            if not fault and document.text:
+                yield document
+
+
+def _fault(text: str) -> str | None:
+    """What is wrong with a text; bytes that are not UTF-8 were read as lone surrogates."""
+    if "\0" in text:
+        return f"character {text.index(chr(0))} is NUL"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"character {error.start} cannot be decoded"
+    return None
+
+
+def _read_text(file: SourceFile, text_field: str) -> Iterator[Document]:
+    del text_field
+    text = file.path.read_bytes().decode(errors="surrogateescape")
+    yield Document(str(file.path), file.relative, text)
+
+
+def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
+    with file.path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            name = f"{file.path}:{number}"
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{name} is not JSON: {error}") from error
+            text = row.get(text_field) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                kind = f"fields {sorted(row)[:8]}" if isinstance(row, dict) else type(row).__name__
+                raise ValueError(
+                    f"{name} has no text in field {text_field!r} ({kind}); set data.text_field"
+                )
+            yield Document(name, text, text)
+
+
+def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"{file.path} needs the package pyarrow: pip install jaxlib-methods[parquet]"
+        ) from error
+    with file.path.open("rb") as raw:
+        try:
+            table = pyarrow.parquet.ParquetFile(raw)
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"{file.path} is not a Parquet file: {error}") from error
+        if text_field not in table.schema_arrow.names:
+            raise ValueError(
+                f"{file.path} has no column {text_field!r} but {table.schema_arrow.names[:8]}; "
+                "set data.text_field"
+            )
+        number = 0
+        for rows in table.iter_batches(batch_size=1024, columns=[text_field]):
+            for text in rows.column(0).to_pylist():
+                number += 1
+                name = f"{file.path}:{number}"
+                if not isinstance(text, str):
+                    raise ValueError(
+                        f"{name} has {type(text).__name__} in column {text_field!r}, not text"
+                    )
+                yield Document(name, text, text)
+
+
+def _read_arrayrecord(file: SourceFile, text_field: str) -> Iterator[Document]:
+    import grain
+
+    try:
+        with grain.sources.ArrayRecordDataSource([str(file.path)]) as records:
+            for number in range(len(records)):
+                text = _record_text(records[number], text_field)
+                yield Document(f"{file.path}:{number + 1}", text, text)
+    except RuntimeError as error:
+        raise ValueError(f"{file.path} is not an ArrayRecord file: {error}") from error
+
+
+def _record_text(record: bytes, text_field: str) -> str:
+    """A record is a JSON object with `text_field`, or else UTF-8 text itself."""
+    text = record.decode(errors="surrogateescape")
+    if text.startswith("{"):
+        try:
+            row = json.loads(text)
+        except ValueError:
+            return text
+        if isinstance(row, dict) and isinstance(row.get(text_field), str):
+            return row[text_field]
+    return text
+
+
+_READERS = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+    "arrayrecord": _read_arrayrecord,
+}
+
+
+def split_documents(
+    documents: Iterator[Document], *, split: Split, validation_fraction: float
+) -> Iterator[Document]:
+    """One side of the split: a document goes by the hash of its key, whatever the others are.
+
+    In a small corpus neither side stays empty: the document nearest to the border moves over, and
+    a single document is cut at a line break.
+    """
+    first = list(itertools.islice(documents, SMALL_CORPUS_DOCUMENTS))
+    wanted = split == "validation"
+    if len(first) == 1:
+        yield _cut(first[0], split=split, validation_fraction=validation_fraction)
+    elif len(first) < SMALL_CORPUS_DOCUMENTS:
+        shares = sorted({_share(document.key) for document in first})
+        border = sum(share < validation_fraction for share in shares)
+        if len(shares) > 1:
+            border = min(max(border, 1), len(shares) - 1)
+        validation = set(shares[:border])
+        yield from (d for d in first if (_share(d.key) in validation) == wanted)
+    else:
+        for document in itertools.chain(first, documents):
+            if (_share(document.key) < validation_fraction) == wanted:
+                yield document
+
+
+@functools.lru_cache(maxsize=SMALL_CORPUS_DOCUMENTS)
+def _share(key: str) -> float:
+    """A number in [0, 1) that depends on `key` alone."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    return int.from_bytes(digest) / 2**64
+
+
+def _cut(document: Document, *, split: Split, validation_fraction: float) -> Document:
+    text = document.text
+    border = round(len(text) * (1 - validation_fraction))
+    border = text.rfind("\n", 0, border) + 1 or border
+    if not 0 < border < len(text):
+        raise ValueError(
+            f"{document.name} has {len(text)} characters, too few for a validation part of "
+            f"{validation_fraction}; give data.validation_source"
+        )
+    return document._replace(text=text[:border] if split == "train" else text[border:])

@@ -1,0 +1,277 @@
+"""Token streams to batches. The whole position of the pipeline is one integer, the step.
+
+    sources -> documents -> token streams -> examples -> batches of global arrays
+       corpus.py          token_cache.py      (this file)
+
+Example `i` of a stream is the window `tokens[i * L : i * L + L + 1]`, so that in one epoch every
+token is a target once. Row `r` of step `s` is example `order[s * batch_size + r]`, whatever the
+number of hosts.
+"""
+
+import collections
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import Literal
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxlib_methods.method import Batch
+from jaxlib_methods.train import corpus
+from jaxlib_methods.train.config import DataConfig
+from jaxlib_methods.train.token_cache import TokenStream, open_stream
+from jaxlib_methods.train.tokenizer import Tokenizer
+
+
+def pack(tokens: np.ndarray, starts: np.ndarray, begins: np.ndarray, *, length: int) -> Batch:
+    """Windows of a token stream, `[R, length]`.
+
+        inputs[r, t] = tokens[begins[r] + t]        targets[r, t] = tokens[begins[r] + t + 1]
+
+    tokens: `[N]`. starts: sorted `[D]`, where documents begin. begins: `[R]`, where windows begin.
+    A document cut by the window's start counts its positions from 0 there. Segments number the
+    documents of a window from 1. Behind the stream's end `where` is False and segments are 0.
+    """
+    offsets = begins[:, None] + np.arange(length)
+    where = offsets + 1 < len(tokens)
+    document = np.searchsorted(starts, offsets, side="right")  # counted from 1
+    begin_of_piece = np.maximum(starts[document - 1], begins[:, None])
+    last = len(tokens) - 1
+    return Batch(
+        inputs=np.where(where, tokens[np.minimum(offsets, last)], 0).astype(np.int32),
+        targets=np.where(where, tokens[np.minimum(offsets + 1, last)], 0).astype(np.int32),
+        positions=np.where(where, offsets - begin_of_piece, 0).astype(np.int32),
+        segments=np.where(where, document - document[:, :1] + 1, 0).astype(np.int32),
+        where=where,
+    )  # pyright: ignore[reportArgumentType]  (numpy arrays until they reach a device)
+
+
+class TextDataset:
+    """Examples of one or several token streams, by global index.
+
+    num_examples: of one epoch. bytes_per_token: UTF-8 bytes of the text per target token, so that
+    bits per byte = nats per token / (ln 2 * bytes_per_token). fingerprint: hash of the corpus.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[TokenStream],
+        *,
+        sequence_length: int,
+        order: Literal["shuffled", "sequential"],
+        weights: Sequence[float] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """weights: of the streams in the shuffled order; None takes each example once an epoch."""
+        self.sequence_length = sequence_length
+        self._streams = tuple(streams)
+        counts = [-(-stream.num_targets // sequence_length) for stream in streams]
+        self._ends = np.cumsum(counts)
+        self.num_examples = int(self._ends[-1])
+        self.bytes_per_token = sum(stream.num_bytes for stream in streams) / sum(
+            stream.num_targets for stream in streams
+        )
+        parts = "".join(stream.fingerprint for stream in streams)
+        self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:32]
+        self._order = (
+            _shuffled(self._ends, weights, seed)
+            if order == "shuffled"
+            else grain.MapDataset.range(self.num_examples)
+        )
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """The examples at `indices` as numpy arrays `[len(indices), L]`.
+
+        The shuffled order is endless; behind the end of the sequential one rows are padding.
+        """
+        limit = len(self._order)
+        numbers = np.array([self._order[int(i)] if i < limit else -1 for i in indices], np.int64)
+        shape = (len(numbers), self.sequence_length)
+        fields = [np.zeros(shape, np.int32) for _ in range(4)] + [np.zeros(shape, bool)]
+        begin = 0
+        for stream, end in zip(self._streams, self._ends, strict=True):
+            chosen = (begin <= numbers) & (numbers < end)
+            if chosen.any():
+                begins = (numbers[chosen] - begin) * self.sequence_length
+                part = pack(stream.tokens, stream.starts, begins, length=self.sequence_length)
+                for field, values in zip(fields, part, strict=True):
+                    field[chosen] = values
+            begin = int(end)
+        return Batch(*fields)  # pyright: ignore[reportArgumentType]
+
+
+def _shuffled(ends: np.ndarray, weights: Sequence[float] | None, seed: int) -> grain.MapDataset:
+    """Endless order of example numbers: shuffled anew each epoch, mixed by weight."""
+    if weights is None:
+        return grain.MapDataset.range(int(ends[-1])).seed(seed).shuffle().repeat()
+    begins = [0, *ends[:-1].tolist()]
+    parts = [
+        (grain.MapDataset.range(begin, int(end)).seed(seed + i).shuffle().repeat(), weight)
+        for i, (begin, end, weight) in enumerate(zip(begins, ends, weights, strict=True))
+        if weight > 0  # grain refuses zero
+    ]
+    return grain.MapDataset.mix([part for part, _ in parts], [weight for _, weight in parts])
+
+
+def open_dataset(cfg: DataConfig, tokenizer: Tokenizer, *, split: corpus.Split) -> TextDataset:
+    """The training set (shuffled, endless) or the validation set (in order, each token once)."""
+    source = cfg.source
+    if split == "validation" and cfg.validation_source is not None:
+        source = cfg.validation_source
+        _check_disjoint(cfg)
+    streams = [
+        open_stream(
+            name.strip(),
+            tokenizer,
+            split=split if cfg.validation_source is None else None,
+            format=cfg.format,
+            text_field=cfg.text_field,
+            validation_fraction=cfg.validation_fraction,
+            cache=cfg.cache,
+        )
+        for name in source.split(",")
+    ]
+    return TextDataset(
+        streams,
+        sequence_length=cfg.sequence_length,
+        order="shuffled" if split == "train" else "sequential",
+        weights=cfg.weights if split == "train" else None,
+        seed=cfg.shuffle_seed,
+    )
+
+
+def _check_disjoint(cfg: DataConfig) -> None:
+    assert cfg.validation_source is not None
+    train, validation = (
+        {str(f.path) for name in names.split(",") for f in corpus.find_files(name.strip())}
+        for names in (cfg.source, cfg.validation_source)
+    )
+    if shared := sorted(train & validation):
+        raise ValueError(
+            f"{shared[0]} is in data.source and in data.validation_source; "
+            "leave data.validation_source out to split the documents"
+        )
+
+
+def rows_on(
+    devices: Sequence[jax.Device], sharding: NamedSharding, shape: tuple[int, int]
+) -> np.ndarray:
+    """The rows of a global array of which these devices hold a part, sorted."""
+    held = sharding.devices_indices_map(shape)
+    rows = {row for device in devices for row in range(shape[0])[held[device][0]]}
+    return np.array(sorted(rows))
+
+
+def put_rows(
+    dataset: TextDataset, indices: np.ndarray, *, mesh: Mesh, spec: PartitionSpec
+) -> Batch:
+    """The global batch of the examples at `indices`; a process builds only the rows it holds."""
+    shape = (len(indices), dataset.sequence_length)
+    sharding = NamedSharding(mesh, spec)
+    local = rows_on(sorted(sharding.addressable_devices, key=lambda d: d.id), sharding, shape)
+    built = dataset.rows(indices[local])
+
+    def put(field: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            rows = np.searchsorted(local, np.arange(shape[0])[index[0]])
+            return field[rows][:, index[1]]
+
+        return jax.make_array_from_callback(shape, sharding, shard)
+
+    return Batch(*(put(np.asarray(field)) for field in built))
+
+
+class DeviceBatches(Iterator[Batch]):
+    """Batches of steps `start_step`, `start_step + 1`, ..., made ahead by threads.
+
+    A context manager; `close` ends the threads.
+    """
+
+    def __init__(
+        self,
+        dataset: TextDataset,
+        *,
+        batch_size: int,
+        mesh: Mesh,
+        spec: PartitionSpec,
+        start_step: int = 0,
+        num_threads: int = 2,
+    ) -> None:
+        """start_step: the whole position; it means the same data for the same batch_size only."""
+        check_divisible(batch_size, dataset.sequence_length, mesh=mesh, spec=spec)
+        self._dataset, self._batch_size = dataset, batch_size
+        self._mesh, self._spec = mesh, spec
+        self._next_step = start_step
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
+        self._ahead: collections.deque[Future[Batch]] = collections.deque()
+        for _ in range(num_threads):
+            self._submit()
+
+    def _submit(self) -> None:
+        indices = np.arange(self._batch_size) + self._next_step * self._batch_size
+        self._next_step += 1
+        self._ahead.append(
+            self._threads.submit(put_rows, self._dataset, indices, mesh=self._mesh, spec=self._spec)
+        )
+
+    def __next__(self) -> Batch:
+        if not self._ahead:
+            raise StopIteration
+        batch = self._ahead.popleft().result()
+        self._submit()
+        return batch
+
+    def close(self) -> None:
+        """Ends the threads; batches made ahead are dropped."""
+        self._ahead.clear()
+        self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> "DeviceBatches":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def check_divisible(
+    batch_size: int, sequence_length: int, *, mesh: Mesh, spec: PartitionSpec
+) -> None:
+    """Refuses sizes that the mesh cannot cut into equal parts."""
+    sizes = {"data.batch_size": batch_size, "data.sequence_length": sequence_length}
+    for (name, size), axes in zip(sizes.items(), spec, strict=False):
+        names = (axes,) if isinstance(axes, str) else tuple(axes or ())
+        parts = int(np.prod([mesh.shape[axis] for axis in names], dtype=np.int64))
+        if size % parts:
+            near = max(parts, size // parts * parts)
+            raise ValueError(
+                f"{name}={size} is not a multiple of {parts}, the size of mesh axes "
+                f"{' x '.join(names)}; try {near}"
+            )
+
+
+def validation_batches(
+    dataset: TextDataset, *, batch_size: int, max_batches: int, mesh: Mesh, spec: PartitionSpec
+) -> list[Batch]:
+    """At most `max_batches` batches of a sequential dataset, the last one padded with empty rows.
+
+    Where they do not reach for the whole set, the examples taken are evenly spread over it.
+    """
+    check_divisible(batch_size, dataset.sequence_length, mesh=mesh, spec=spec)
+    total = dataset.num_examples
+    count = min(total, batch_size * max_batches)
+    padded = -(-count // batch_size) * batch_size
+    indices = np.concatenate(
+        [np.arange(count) * total // count, np.full(padded - count, total, np.int64)]
+    )
+    return [
+        put_rows(dataset, part, mesh=mesh, spec=spec) for part in indices.reshape(-1, batch_size)
+    ]
