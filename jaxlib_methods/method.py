@@ -55,9 +55,14 @@ class Pretrained(NamedTuple):
 
 
 class LoadPretrained(Protocol):
-    """Reads a finished model. With `abstract=True` the parameters are shapes, nothing is read."""
+    """Reads a finished model, its parameters cast to `dtype` (None: as they are stored).
 
-    def __call__(self, source: str, *, abstract: bool = False) -> Pretrained: ...
+    With `abstract=True` the parameters are shapes and no weights are read.
+    """
+
+    def __call__(
+        self, source: str, *, abstract: bool = False, dtype: str | None = None
+    ) -> Pretrained: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

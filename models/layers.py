@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -84,6 +84,19 @@ def rotate(x: jax.Array, angles: Rotation) -> jax.Array:
     return jnp.concatenate([t.astype(x.dtype) for t in turned] + [rest], axis=-1)
 
 
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Initializer,
+    shape: tuple[int, ...],
+    axes: tuple[str, ...],
+    cfg: TransformerConfig,
+) -> jax.Array:
+    """Declares a parameter with one logical axis name per dimension."""
+    boxed = nn.with_logical_partitioning(init, axes)
+    return cast(jax.Array, module.param(name, boxed, shape, jnp.dtype(cfg.param_dtype)))
+
+
 def _kernel_init(fan_in: int, *, scale: float = 1.0) -> Initializer:
     return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5 / 0.87962566)
 
@@ -106,22 +119,13 @@ class Projection(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.cfg.compute_dtype)
         kernel_init = _kernel_init(math.prod(self.in_shape), scale=self.init_scale)
-        kernel = self.param(
-            "kernel",
-            nn.with_logical_partitioning(kernel_init, (*self.in_names, *self.out_names)),
-            (*self.in_shape, *self.out_shape),
-            jnp.dtype(self.cfg.param_dtype),
-        )
+        shape, names = (*self.in_shape, *self.out_shape), (*self.in_names, *self.out_names)
+        kernel = parameter(self, "kernel", kernel_init, shape, names, self.cfg)
         axes = tuple(range(-len(self.in_shape), 0))
         y = jnp.tensordot(x, kernel.astype(dtype), axes=(axes, tuple(range(len(self.in_shape)))))
         if self.use_bias:
             names = tuple("norm" if name == "embed" else name for name in self.out_names)
-            bias = self.param(
-                "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, names),
-                self.out_shape,
-                jnp.dtype(self.cfg.param_dtype),
-            )
+            bias = parameter(self, "bias", nn.initializers.zeros, self.out_shape, names, self.cfg)
             y = y + jnp.expand_dims(bias.astype(dtype), range(y.ndim - bias.ndim))
         return y
 
@@ -135,13 +139,11 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        dtype = jnp.dtype(self.cfg.param_dtype)
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", ones, (self.size,), dtype)
+        shape, names = (self.size,), ("norm",)
+        scale = parameter(self, "scale", nn.initializers.ones, shape, names, self.cfg)
         if (self.kind or self.cfg.norm) == "rms_norm":
             return rms_norm(x, scale, eps=self.cfg.norm_eps)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
-        bias = self.param("bias", zeros, (self.size,), dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape, names, self.cfg)
         return layer_norm(x, scale, bias, eps=self.cfg.norm_eps)
 
 

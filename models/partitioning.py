@@ -63,7 +63,7 @@ def make_mesh(
     tensor: int = 1,
     sequence: int = 1,
     dcn_data: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """A mesh with all four axes, also those of size 1, so that no code asks which exist.
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.layers import Block, Norm, Projection, Rotation, rotation
+from jaxlib_methods.models.layers import Block, Norm, Projection, Rotation, parameter, rotation
 from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE, visible
 
@@ -97,6 +97,7 @@ class Transformer(nn.Module):
         new_cache = None
         if cache is not None:
             new_length = cache.length + inputs.shape[1]
+            assert kv is not None
             new_cache = KVCache(*kv, keys_positions, keys_segments, new_length)
         hidden = x if hidden_layer == "final" else tap
         return Outputs(self._logits(x, table), hidden, new_cache)
@@ -122,7 +123,7 @@ class Transformer(nn.Module):
         angles: Rotation | None,
         cache: KVCache | None,
         tap_layer: int | None,
-    ) -> tuple[jax.Array, jax.Array | None, _KeysValues]:
+    ) -> tuple[jax.Array, jax.Array | None, _KeysValues | None]:
         cfg = self.cfg
         block_class = Block
         if cfg.remat != "none":
@@ -191,8 +192,8 @@ class _Embedding(nn.Module):
             table = jax.random.normal(key, shape, dtype) * width**-0.5
             return jnp.where(jnp.arange(shape[0])[:, None] < self.used, table, 0)
 
-        boxed = nn.with_logical_partitioning(init, (self.row_name, "embed"))
-        return self.param("table", boxed, (self.rows, width), jnp.dtype(self.cfg.param_dtype))
+        shape, names = (self.rows, width), (self.row_name, "embed")
+        return parameter(self, "table", init, shape, names, self.cfg)
 
 
 def _write(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
@@ -201,4 +202,4 @@ def _write(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
 
 def init_params(cfg: TransformerConfig, key: jax.Array) -> dict:
     """Parameters of `Transformer(cfg)`, boxed with logical axis names (see `partitioning`)."""
-    return Transformer(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+    return dict(Transformer(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"])

@@ -1,0 +1,174 @@
+"""Every paper's mathematics as pure functions of arrays. Importing this costs only jax.
+
+A loss takes arrays first, returns one number per token in nats, and never reduces. `where`
+(bool) deletes a token before anything nonlinear happens to it, so it may hold NaN; reduce with
+`masked_sum` to (sum, count) and divide once, after micro-batches and hosts have been added.
+"""
+
+# Dimension key: B batch, L sequence, D student width, E teacher width, V vocabulary.
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NORM_FLOOR = 1e-6
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+def _keep(x: jax.Array, where: jax.Array | None) -> jax.Array:
+    return x if where is None else jnp.where(where[..., None], x, jnp.zeros((), x.dtype))
+
+
+def token_nll(logits: jax.Array, labels: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+    """Negative log-likelihood of each label.
+
+        l_t = logsumexp_v z_tv - z_t[y_t]
+
+    logits: `[B, L, V]`; labels: int `[B, L]`; where: bool `[B, L]`, False gives 0 and no gradient.
+    Returns `[B, L]` nats, float32 or better.
+
+    >>> import jax.numpy as jnp
+    >>> bool(jnp.allclose(token_nll(jnp.zeros((1, 1, 4)), jnp.array([[2]])), jnp.log(4.0)))
+    True
+    """
+    logits = _wide(_keep(logits, where))
+    # Compare and sum instead of a gather: a gather along a sharded vocabulary moves all of it.
+    picked = jnp.arange(logits.shape[-1]) == labels[..., None]
+    nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(picked, logits, 0.0).sum(axis=-1)
+    return nll if where is None else jnp.where(where, nll, 0.0)
+
+
+def masked_sum(values: jax.Array, *, where: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Reduces per-token values to (sum, count), the pair that averages correctly.
+
+    values: float `[...]`; where: bool of the same shape. Returns two scalars of values' dtype.
+    Raises ValueError where `where` is not bool or of another shape.
+
+    >>> import jax.numpy as jnp
+    >>> s, n = masked_sum(jnp.array([1.0, 2.0, jnp.nan]), where=jnp.array([True, True, False]))
+    >>> float(s), float(n)
+    (3.0, 2.0)
+    """
+    if where.dtype != jnp.bool_ or where.shape != values.shape:
+        raise ValueError(
+            f"where must be bool of shape {values.shape}, got {where.dtype} of {where.shape}"
+        )
+    return jnp.where(where, values, 0).sum(), where.sum(dtype=values.dtype)
+
+
+def mean(total: jax.Array, count: jax.Array) -> jax.Array:
+    """Divides a (sum, count) pair of scalars; 0 where nothing was counted.
+
+    >>> float(mean(jnp.float32(6.0), jnp.float32(4.0)))
+    1.5
+    """
+    return total / jnp.maximum(count, 1)
+
+
+def resize_features(x: jax.Array, size: int) -> jax.Array:
+    """Linear interpolation along the feature axis, the map P of LET (arXiv 2602.05393, method).
+
+        s_j = clip((j + 1/2) D/size - 1/2, 0, D - 1),  i = floor(s_j),  a = s_j - i
+        y_j = (1 - a) x_i + a x_(i + 1)
+
+    The half-pixel convention of `align_corners=False`. Exact on constants, the identity where
+    `size` is D. x: `[..., D]`. Returns `[..., size]`.
+
+    >>> import jax.numpy as jnp
+    >>> resize_features(jnp.array([0.0, 1.0, 2.0]), 2).tolist()
+    [0.25, 1.75]
+    """
+    width = x.shape[-1]
+    if size == width:
+        return x
+    place = np.clip((np.arange(size) + 0.5) * width / size - 0.5, 0, width - 1)
+    left = np.floor(place).astype(np.int32)
+    right = np.minimum(left + 1, width - 1)
+    share = jnp.expand_dims(jnp.asarray(place - left, x.dtype), range(x.ndim - 1))
+    return (1 - share) * x[..., left] + share * x[..., right]
+
+
+def cosine_similarity(a: jax.Array, b: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
+    """Cosine of the angle between two vectors per token.
+
+        c_t = <a_t, b_t> / (max(|a_t|, 1e-6) max(|b_t|, 1e-6))
+
+    a, b: `[B, L, D]`; where: bool `[B, L]`, False gives 0 and no gradient.
+    Returns `[B, L]` between -1 and 1, float32 or better.
+
+    >>> import jax.numpy as jnp
+    >>> a, b = jnp.array([[[3.0, 4.0]]]), jnp.array([[[0.0, 2.0]]])
+    >>> round(float(cosine_similarity(a, b)[0, 0]), 6)
+    0.8
+    """
+
+    def unit(x: jax.Array) -> jax.Array:
+        x = _wide(_keep(x, where))
+        # The floor under the root, not after it: the root's slope at 0 is infinite.
+        return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), NORM_FLOOR**2))
+
+    return jnp.sum(unit(a) * unit(b), axis=-1)
+
+
+def alignment(
+    student: jax.Array, teacher: jax.Array, *, where: jax.Array | None = None
+) -> jax.Array:
+    """LET's projection loss (arXiv 2602.05393, objective): minus the cosine to a late state.
+
+        l_t = -<s_t, P sg(h_t)> / (|s_t| |P sg(h_t)|)
+
+    P is `resize_features` to the student's width (the identity where the widths agree). The
+    teacher's gradient is stopped.
+    student: `[B, L, D]`; teacher: `[B, L, E]`; where: bool `[B, L]`, False gives 0.
+    Returns `[B, L]` between -1 and 1.
+
+    >>> import jax.numpy as jnp
+    >>> h = jnp.array([[[1.0, 2.0]]])
+    >>> round(float(alignment(3.0 * h, h)[0, 0]), 6)
+    -1.0
+    """
+    target = resize_features(jax.lax.stop_gradient(teacher), student.shape[-1])
+    return -cosine_similarity(student, target, where=where)
+
+
+def linear_fade(step: jax.Array, *, weight: float, stop_step: int) -> jax.Array:
+    """LET's weight schedule (arXiv 2602.05393): a straight line to exactly zero.
+
+        lambda(s) = weight * max(0, (stop_step - s) / stop_step),   0 where stop_step is 0
+
+    step: int or float, scalar or array. Returns float32 of step's shape.
+
+    >>> import jax.numpy as jnp
+    >>> linear_fade(jnp.array([0, 50, 100, 150]), weight=0.5, stop_step=100).tolist()
+    [0.5, 0.25, 0.0, 0.0]
+    """
+    left = jnp.maximum(stop_step - jnp.asarray(step, jnp.float32), 0.0)
+    return jnp.float32(weight) * left / max(stop_step, 1)
+
+
+def soft_cross_entropy(
+    logits: jax.Array,
+    teacher_logits: jax.Array,
+    *,
+    temperature: float = 1.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Cross-entropy against a teacher's distribution, the loss of SALT (arXiv 2410.18779).
+
+        l_t = -sum_v softmax(z^T_t / temperature)_v log softmax(z_t)_v
+
+    The teacher's gradient is stopped. logits, teacher_logits: `[B, L, V]`; where: bool `[B, L]`.
+    Returns `[B, L]` nats.
+
+    >>> import jax.numpy as jnp
+    >>> z = jnp.zeros((1, 1, 8))
+    >>> bool(jnp.allclose(soft_cross_entropy(z, z), jnp.log(8.0)))
+    True
+    """
+    teacher = _wide(_keep(jax.lax.stop_gradient(teacher_logits), where)) / temperature
+    log_probs = jax.nn.log_softmax(_wide(_keep(logits, where)), axis=-1)
+    loss = -jnp.sum(jax.nn.softmax(teacher, axis=-1) * log_probs, axis=-1)
+    return loss if where is None else jnp.where(where, loss, 0.0)
