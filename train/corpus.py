@@ -6,7 +6,7 @@ import itertools
 import json
 import sysconfig
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from etils import epath
 
@@ -24,8 +24,10 @@ FORMAT_OF_ENDING: dict[str, Format] = {
 }
 # Tests, generated tables and whatever is not the library itself.
 STDLIB_EXCLUDED = frozenset(
-    ("__pycache__", "dist-packages", "encodings", "idle_test", "lib2to3", "pydoc_data")
-    + ("site-packages", "test", "tests", "turtledemo")
+    (
+        *("__pycache__", "dist-packages", "encodings", "idle_test", "lib2to3", "pydoc_data"),
+        *("site-packages", "test", "tests", "turtledemo"),
+    )
 )
 # A corpus of fewer documents is split exactly: neither side stays empty.
 SMALL_CORPUS_DOCUMENTS = 256
@@ -50,7 +52,8 @@ class Document(NamedTuple):
 def find_files(source: str, *, format: str = "auto") -> list[SourceFile]:
     """The files of a source (`stdlib`, a file, a folder or a glob), sorted by relative path.
 
-    With `format="auto"` a folder gives the files with a known ending, else all of them.
+    With `format="auto"` a folder or glob gives the files with a known ending, and a single file
+    of another ending is text; with another format they give all files.
     """
     if source == "stdlib":
         return _find_stdlib()
@@ -64,7 +67,7 @@ def find_files(source: str, *, format: str = "auto") -> list[SourceFile]:
         found = [(path, path.name)]
     else:
         raise FileNotFoundError(
-            f"data.source={source} does not exist; give stdlib, a file, a folder or a glob"
+            f"{source} does not exist; a data source is stdlib, a file, a folder or a glob"
         )
     searched = is_glob or path.is_dir()
     files = [
@@ -74,7 +77,7 @@ def find_files(source: str, *, format: str = "auto") -> list[SourceFile]:
     ]
     if not files:
         raise FileNotFoundError(
-            f"data.source={source} has no files ending in {' '.join(FORMAT_OF_ENDING)}; "
+            f"{source} has no files ending in {' '.join(FORMAT_OF_ENDING)}; "
             "for other endings set data.format"
         )
     return sorted(files, key=lambda file: file.relative)
@@ -204,10 +207,10 @@ def _read_arrayrecord(file: SourceFile, text_field: str) -> Iterator[Document]:
     import grain
 
     try:
-        with grain.sources.ArrayRecordDataSource([str(file.path)]) as records:
-            for number in range(len(records)):
-                text = _record_text(records[number], text_field)
-                yield Document(f"{file.path}:{number + 1}", text, text)
+        records: Any = grain.sources.ArrayRecordDataSource([str(file.path)])
+        for number in range(len(records)):
+            text = _record_text(records[number], text_field)
+            yield Document(f"{file.path}:{number + 1}", text, text)
     except RuntimeError as error:
         raise ValueError(f"{file.path} is not an ArrayRecord file: {error}") from error
 

@@ -10,10 +10,10 @@ number of hosts.
 
 import collections
 import hashlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from types import TracebackType
-from typing import Literal
+import itertools
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, cast
 
 import grain
 import jax
@@ -41,13 +41,18 @@ def pack(tokens: np.ndarray, starts: np.ndarray, begins: np.ndarray, *, length: 
     document = np.searchsorted(starts, offsets, side="right")  # counted from 1
     begin_of_piece = np.maximum(starts[document - 1], begins[:, None])
     last = len(tokens) - 1
-    return Batch(
+    return _batch(
         inputs=np.where(where, tokens[np.minimum(offsets, last)], 0).astype(np.int32),
         targets=np.where(where, tokens[np.minimum(offsets + 1, last)], 0).astype(np.int32),
         positions=np.where(where, offsets - begin_of_piece, 0).astype(np.int32),
         segments=np.where(where, document - document[:, :1] + 1, 0).astype(np.int32),
         where=where,
-    )  # pyright: ignore[reportArgumentType]  (numpy arrays until they reach a device)
+    )
+
+
+def _batch(**fields: np.ndarray) -> Batch:
+    """A batch of numpy arrays: it is typed by what it is once it has reached the devices."""
+    return Batch(**cast(dict[str, jax.Array], fields))
 
 
 class TextDataset:
@@ -91,17 +96,18 @@ class TextDataset:
         limit = len(self._order)
         numbers = np.array([self._order[int(i)] if i < limit else -1 for i in indices], np.int64)
         shape = (len(numbers), self.sequence_length)
-        fields = [np.zeros(shape, np.int32) for _ in range(4)] + [np.zeros(shape, bool)]
+        fields = {name: np.zeros(shape, np.int32) for name in Batch._fields}
+        fields["where"] = np.zeros(shape, bool)
         begin = 0
         for stream, end in zip(self._streams, self._ends, strict=True):
             chosen = (begin <= numbers) & (numbers < end)
             if chosen.any():
                 begins = (numbers[chosen] - begin) * self.sequence_length
                 part = pack(stream.tokens, stream.starts, begins, length=self.sequence_length)
-                for field, values in zip(fields, part, strict=True):
-                    field[chosen] = values
+                for name, values in part._asdict().items():
+                    fields[name][chosen] = values
             begin = int(end)
-        return Batch(*fields)  # pyright: ignore[reportArgumentType]
+        return _batch(**fields)
 
 
 def _shuffled(ends: np.ndarray, weights: Sequence[float] | None, seed: int) -> grain.MapDataset:
@@ -144,10 +150,15 @@ def open_dataset(cfg: DataConfig, tokenizer: Tokenizer, *, split: corpus.Split) 
     )
 
 
+def _files(sources: str, format: str) -> list[corpus.SourceFile]:
+    found = [corpus.find_files(name.strip(), format=format) for name in sources.split(",")]
+    return list(itertools.chain.from_iterable(found))
+
+
 def _check_disjoint(cfg: DataConfig) -> None:
     assert cfg.validation_source is not None
     train, validation = (
-        {str(f.path) for name in names.split(",") for f in corpus.find_files(name.strip())}
+        {str(f.path) for f in _files(names, cfg.format)}
         for names in (cfg.source, cfg.validation_source)
     )
     if shared := sorted(train & validation):
@@ -157,13 +168,11 @@ def _check_disjoint(cfg: DataConfig) -> None:
         )
 
 
-def rows_on(
-    devices: Sequence[jax.Device], sharding: NamedSharding, shape: tuple[int, int]
-) -> np.ndarray:
+def rows_on(devices: Iterable[Any], sharding: NamedSharding, shape: tuple[int, int]) -> np.ndarray:
     """The rows of a global array of which these devices hold a part, sorted."""
     held = sharding.devices_indices_map(shape)
-    rows = {row for device in devices for row in range(shape[0])[held[device][0]]}
-    return np.array(sorted(rows))
+    rows = np.arange(shape[0])
+    return np.unique(np.concatenate([rows[held[device][0]] for device in devices]))
 
 
 def put_rows(
@@ -172,11 +181,11 @@ def put_rows(
     """The global batch of the examples at `indices`; a process builds only the rows it holds."""
     shape = (len(indices), dataset.sequence_length)
     sharding = NamedSharding(mesh, spec)
-    local = rows_on(sorted(sharding.addressable_devices, key=lambda d: d.id), sharding, shape)
+    local = rows_on(sharding.addressable_devices, sharding, shape)
     built = dataset.rows(indices[local])
 
     def put(field: np.ndarray) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:  # a slice per axis
             rows = np.searchsorted(local, np.arange(shape[0])[index[0]])
             return field[rows][:, index[1]]
 
@@ -185,61 +194,41 @@ def put_rows(
     return Batch(*(put(np.asarray(field)) for field in built))
 
 
-class DeviceBatches(Iterator[Batch]):
-    """Batches of steps `start_step`, `start_step + 1`, ..., made ahead by threads.
+def device_batches(
+    dataset: TextDataset,
+    *,
+    batch_size: int,
+    mesh: Mesh,
+    spec: PartitionSpec,
+    start_step: int = 0,
+    num_threads: int = 2,
+) -> Generator[Batch, None, None]:
+    """Batches of steps `start_step`, `start_step + 1`, ..., each made ahead by a thread.
 
-    A context manager; `close` ends the threads.
+    `start_step` is the whole position: it means the same data for the same `batch_size` on any
+    mesh. `close()` ends the threads, as do `contextlib.closing` and the end of the last reference.
     """
+    check_divisible(batch_size, dataset.sequence_length, mesh=mesh, spec=spec)
+    steps = itertools.count(start_step)
 
-    def __init__(
-        self,
-        dataset: TextDataset,
-        *,
-        batch_size: int,
-        mesh: Mesh,
-        spec: PartitionSpec,
-        start_step: int = 0,
-        num_threads: int = 2,
-    ) -> None:
-        """start_step: the whole position; it means the same data for the same batch_size only."""
-        check_divisible(batch_size, dataset.sequence_length, mesh=mesh, spec=spec)
-        self._dataset, self._batch_size = dataset, batch_size
-        self._mesh, self._spec = mesh, spec
-        self._next_step = start_step
-        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
-        self._ahead: collections.deque[Future[Batch]] = collections.deque()
-        for _ in range(num_threads):
-            self._submit()
+    def batch(step: int) -> Batch:
+        indices = np.arange(step * batch_size, (step + 1) * batch_size)
+        return put_rows(dataset, indices, mesh=mesh, spec=spec)
 
-    def _submit(self) -> None:
-        indices = np.arange(self._batch_size) + self._next_step * self._batch_size
-        self._next_step += 1
-        self._ahead.append(
-            self._threads.submit(put_rows, self._dataset, indices, mesh=self._mesh, spec=self._spec)
-        )
+    def ahead() -> Generator[Batch, None, None]:
+        threads = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
+        try:
+            waiting = collections.deque(
+                threads.submit(batch, next(steps)) for _ in range(num_threads)
+            )
+            while True:
+                ready = waiting.popleft().result()
+                waiting.append(threads.submit(batch, next(steps)))
+                yield ready
+        finally:
+            threads.shutdown(wait=True, cancel_futures=True)
 
-    def __next__(self) -> Batch:
-        if not self._ahead:
-            raise StopIteration
-        batch = self._ahead.popleft().result()
-        self._submit()
-        return batch
-
-    def close(self) -> None:
-        """Ends the threads; batches made ahead are dropped."""
-        self._ahead.clear()
-        self._threads.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> "DeviceBatches":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
+    return ahead()
 
 
 def check_divisible(

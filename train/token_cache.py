@@ -6,8 +6,8 @@ import itertools
 import json
 import os
 import pathlib
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -53,6 +53,7 @@ def open_stream(
 ) -> TokenStream:
     """The token stream of one side of a source's split, or of all of it (`split=None`)."""
     files = corpus.find_files(source, format=format)
+    label = f"the {split} part of {source}" if split else source
 
     def documents() -> Iterator[Document]:
         found = corpus.read_documents(files, text_field=text_field, skip_binary=source == "stdlib")
@@ -62,14 +63,14 @@ def open_stream(
 
     if cache is None:
         memory = io.BytesIO()
-        starts, num_bytes, fingerprint = write_stream(documents(), tokenizer, memory, source)
+        starts, num_bytes, fingerprint = write_stream(documents(), tokenizer, memory, label=label)
         tokens = np.frombuffer(memory.getbuffer(), token_dtype(tokenizer))
         return TokenStream(tokens, starts, num_bytes, fingerprint)
     key = (LAYOUT, split, text_field, validation_fraction, tokenizer.fingerprint,
            tokenizer.separator, [_identity(file) for file in files])  # fmt: skip
     folder = _cache_root(cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if not folder.exists():
-        _write_folder(folder, documents(), tokenizer, source)
+        _write_folder(folder, documents(), tokenizer, label)
     return _read_folder(folder, tokenizer)
 
 
@@ -79,9 +80,12 @@ def token_dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def write_stream(
-    documents: Iterator[Document], tokenizer: Tokenizer, file: BinaryIO, source: str
+    documents: Iterator[Document], tokenizer: Tokenizer, file: BinaryIO, *, label: str
 ) -> tuple[np.ndarray, int, str]:
-    """Writes the stream's tokens; returns starts, UTF-8 bytes of the text and fingerprint."""
+    """Writes the stream's tokens; returns starts, UTF-8 bytes of the text and fingerprint.
+
+    label: what the documents are, for messages.
+    """
     dtype = token_dtype(tokenizer)
     separator = np.array([tokenizer.separator], dtype).tobytes()
     digest = hashlib.sha256(tokenizer.fingerprint.encode())
@@ -97,7 +101,7 @@ def write_stream(
             position += 1 + len(ids)
             num_bytes += len(document.text.encode())
     if not starts:
-        raise ValueError(f"data.source={source} holds no documents on this side of the split")
+        raise ValueError(f"{label} holds no documents; give other files as data.source")
     file.write(separator)
     return np.array(starts, np.int64), num_bytes, digest.hexdigest()[:32]
 
@@ -119,24 +123,23 @@ def _cache_root(cache: str) -> pathlib.Path:
 
 
 def _write_folder(
-    folder: pathlib.Path, documents: Iterator[Document], tokenizer: Tokenizer, source: str
+    folder: pathlib.Path, documents: Iterator[Document], tokenizer: Tokenizer, label: str
 ) -> None:
     """Writes beside `folder` and renames, so that a folder is whole or absent."""
-    temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
     try:
         with (temporary / "tokens.bin").open("wb") as file:
-            starts, num_bytes, fingerprint = write_stream(documents, tokenizer, file, source)
+            starts, num_bytes, fingerprint = write_stream(documents, tokenizer, file, label=label)
         np.save(temporary / "starts.npy", starts)
-        info = {"num_bytes": num_bytes, "fingerprint": fingerprint, "source": source}
+        info = {"num_bytes": num_bytes, "fingerprint": fingerprint, "source": label}
         (temporary / "info.json").write_text(json.dumps(info))
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            # Another process was first; anything else is an error.
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.rename(folder)
+    except BaseException as error:
+        shutil.rmtree(temporary)
+        # A rename that fails because another process was first leaves its folder, the same.
+        if not (isinstance(error, OSError) and folder.exists()):
+            raise
 
 
 def _read_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenStream:
