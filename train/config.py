@@ -1,7 +1,7 @@
 """The configuration of a run: frozen dataclasses are the truth, flags are made from them."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from jaxlib_methods import registry
 from jaxlib_methods.models.config import TransformerConfig
@@ -43,8 +43,11 @@ class DataConfig:
         local or in a bucket, comma-separated for a mixture.
     weights: mixture weights, one per source; None weights by size.
     format: `auto` goes by the ending (.txt .md .py: text; .jsonl; .parquet; .arrayrecord).
-    tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json`.
+    tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json` or of its folder.
+    separator_id: the token between documents; None takes the tokenizer's end-of-text token.
     validation_source: None splits `validation_fraction` of the documents off the training text.
+    cache: local folder for memory-mapped tokens; None tokenises into memory at every start.
+    num_threads: batches made ahead, each by a thread.
     batch_size: sequences of the global batch, one optimiser step.
     """
 
@@ -53,16 +56,17 @@ class DataConfig:
     format: Literal["auto", "text", "jsonl", "parquet", "arrayrecord"] = "auto"
     text_field: str = "text"
     tokenizer: str = "bytes"
+    separator_id: int | None = None
     validation_source: str | None = None
     validation_fraction: float = 0.05
     sequence_length: int = 256
     batch_size: int = 16
     shuffle_seed: int = 0
-    cache: str | None = None  # folder for token caches; None: in memory for small corpora
+    cache: str | None = None
     num_threads: int = 2
 
     def __post_init__(self) -> None:
-        for name in ("sequence_length", "batch_size"):
+        for name in ("sequence_length", "batch_size", "num_threads"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name}={value} must be at least 1")
         _require(
@@ -158,12 +162,12 @@ class CheckpointConfig:
 class RunConfig:
     """A whole run. `method_config` is the dataclass that the registry holds for `method`."""
 
-    method: str = "next_token"
+    method: str = "next_token"  # what is minimised: a name of the registry
     preset: str = ""  # where the values came from; kept for the record
-    workdir: str = ""
-    seed: int = 0
+    workdir: str = ""  # folder of metrics and checkpoints, local or in a bucket
+    seed: int = 0  # of the initial parameters and of every draw during training
     compare: bool = False  # also train the plain baseline, on the same data and seed
-    model: TransformerConfig = TransformerConfig()
+    model: TransformerConfig = TransformerConfig()  # noqa: RUF009 (it is frozen)
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -190,3 +194,60 @@ class RunConfig:
             f"data.batch_size={self.data.batch_size} is not a multiple of "
             f"train.num_microbatches={self.train.num_microbatches}",
         )
+
+
+def sections() -> dict[str, type]:
+    """The parts of a `RunConfig` that are dataclasses themselves, by field name."""
+    hints = get_type_hints(RunConfig)
+    return {
+        name: hint
+        for name, hint in hints.items()
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint)
+    }
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as JSON values; `from_dict` is its inverse."""
+    return _to_json(dataclasses.asdict(config))
+
+
+def from_dict(values: dict[str, Any]) -> RunConfig:
+    """Rebuilds what `to_dict` gave. Missing keys take the defaults, unknown ones are refused."""
+    method_class = registry.config_class(values.get("method", RunConfig.method))
+    classes = sections() | {"method_config": method_class}
+    built = {
+        name: _from_json(classes[name], part, name)
+        if name in classes and part is not None
+        else part
+        for name, part in values.items()
+    }
+    return _from_json(RunConfig, built, "run configuration")
+
+
+def require_complete(config: RunConfig) -> None:
+    """Raises ValueError naming the text fields that the run needs and that are empty.
+
+    Fields that may be left out are `str | None`; an empty `str` is a value still to be given.
+    """
+    parts = {name: getattr(config, name) for name in sections()}
+    parts[config.method] = config.method_config
+    empty = [
+        f"--{section}.{name}"
+        for section, part in parts.items()
+        for name, hint in get_type_hints(type(part)).items()
+        if hint is str and not getattr(part, name)
+    ]
+    _require(not empty, f"this run still needs a value for {', '.join(empty)}")
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _to_json(item) for key, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _from_json(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(known))
+    _require(not unknown, f"unknown keys {unknown} in the {where}; known are {known}")
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

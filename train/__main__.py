@@ -1,0 +1,37 @@
+"""Trains a language model.
+
+    python -m jaxlib_methods.train --preset=late_to_early_tiny
+    python -m jaxlib_methods.train --method=next_token --model.num_layers=8 --mesh.fsdp=8
+
+--list_presets lists ready runs. Flags change single values of a preset; a --flagfile counts where
+it stands. --print_config prints the whole configuration as a flagfile. Without --workdir a run
+writes to runs/PRESET or runs/METHOD, and continues there when it is started again.
+"""
+
+from absl import app
+from absl.flags import FLAGS
+
+from jaxlib_methods.train import flags, presets
+from jaxlib_methods.train.config import require_complete
+
+
+def main(argv: list[str]) -> None:
+    """From parsed flags to a finished run."""
+    del argv
+    with flags.one_line_errors():
+        if FLAGS.list_presets:
+            print(presets.table(), end="")
+            return
+        config = flags.run_config()
+        if FLAGS.print_config:
+            print(flags.to_flagfile(config), end="")
+            return
+        require_complete(config)
+        from jaxlib_methods.train import loop  # heavy: wrong flags fail before it is imported
+
+        loop.run(config)
+
+
+if __name__ == "__main__":
+    flags.define()
+    app.run(main, flags_parser=flags.parse_or_exit)
