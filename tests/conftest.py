@@ -3,11 +3,19 @@
 `JAX_PLATFORMS=cuda pytest tests/pallas_kernels` compiles the kernels for the device instead.
 """
 
+import ast
 import importlib.util
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import pytest
+
+# In the order of imports: a folder imports from itself and from those before it.
+FOLDERS = ("pallas_kernels", "models", "jaxlib_methods", "train", "infer")
 
 if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")
@@ -38,3 +46,51 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if oracle:
         config.hook.pytest_deselected(items=oracle)
         items[:] = [item for item in items if not item.get_closest_marker("oracle")]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the library, `jaxlib_methods.models.layers` -> its file."""
+    found = {}
+    for folder in FOLDERS:
+        prefix = "jaxlib_methods" if folder == "jaxlib_methods" else f"jaxlib_methods.{folder}"
+        for path in sorted((root / folder).rglob("*.py")):
+            parts = path.relative_to(root / folder).with_suffix("").parts
+            if folder == "jaxlib_methods" and parts[0] in FOLDERS:
+                continue  # a link to another folder; newer Pythons follow it
+            name = ".".join((prefix, *parts))
+            found[name.removesuffix(".__init__")] = path
+    return found
+
+
+@pytest.fixture(scope="session")
+def trees(modules: dict[str, Path]) -> dict[str, ast.Module]:
+    """The syntax tree of every module of the library."""
+    return {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in modules.items()}
+
+
+@pytest.fixture
+def python(root: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a fresh interpreter in an empty folder: `python("-c", code, path=folder_to_import)`."""
+
+    def run(*arguments: str, path: Path = root) -> subprocess.CompletedProcess[str]:
+        empty = tmp_path / "empty"
+        empty.mkdir(exist_ok=True)
+        environment = os.environ | {"PYTHONPATH": str(path), "JAX_PLATFORMS": "cpu"}
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=empty,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run

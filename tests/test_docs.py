@@ -1,0 +1,92 @@
+"""What the documents say holds: the folder tree, the examples, the named files."""
+
+import ast
+import doctest
+import importlib
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Python = Callable[..., subprocess.CompletedProcess[str]]
+
+FOLDERS = ("pallas_kernels", "models", "jaxlib_methods", "train", "infer")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md")
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """(language, content) of every fenced block of a Markdown text."""
+    for match in re.finditer(r"^```(\w*)[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield match[1], match[2]
+
+
+def tree_files(block: str) -> set[str]:
+    """Python files named in a folder tree; the first words of a line are its files.
+
+    A line ending in / opens a folder, and what is indented deeper lies in it.
+    """
+    found = set()
+    folders: list[tuple[int, str]] = []
+    for line in block.splitlines():
+        text = line.lstrip(" │├└─|`+-\t")
+        indent = len(line) - len(text)
+        while folders and folders[-1][0] >= indent:
+            folders.pop()
+        inside = "".join(name for _, name in folders)
+        for number, word in enumerate(text.replace(",", " ").split()):
+            if word.endswith("/") and number == 0:
+                folders.append((indent, word))
+                inside += word
+            elif word.endswith(".py"):
+                found.add(inside + word)
+            else:
+                break
+    return found
+
+
+def test_tree_is_read_in_the_usual_spellings() -> None:
+    plain = "models/  architectures\n  config.py, layers.py   sizes of x.py\njaxlib_methods/\n"
+    plain += "    losses.py\n    tasks/\n        sorting.py   what\ntrain/\n  loop.py"
+    expected = {"models/config.py", "models/layers.py", "jaxlib_methods/losses.py"}
+    expected |= {"jaxlib_methods/tasks/sorting.py", "train/loop.py"}
+    assert tree_files(plain) == expected
+    boxes = "models/\n├── config.py\n└── layers.py\ntrain/\n└── loop.py  # the loop"
+    assert tree_files(boxes) == {"models/config.py", "models/layers.py", "train/loop.py"}
+
+
+def test_readme_lists_every_module(root: Path, modules: dict[str, Path]) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    trees = [block for _, block in blocks(text) if re.search(r"^\W*models/", block, re.MULTILINE)]
+    assert len(trees) == 1, "README.md has one fenced block with the folder tree"
+    listed = {
+        name
+        for name in tree_files(trees[0])
+        if name.split("/")[0] in FOLDERS and not name.endswith("/__init__.py")
+    }
+    held = {str(path.relative_to(root)) for path in modules.values() if path.stem != "__init__"}
+    assert not held - listed, "add these to the tree in README.md"
+    assert not listed - held, "the tree in README.md names files that do not exist"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_links_lead_somewhere(root: Path, document: str) -> None:
+    text = (root / document).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
+    assert not [target for target in targets if not (root / target).exists()]
+
+
+def test_readme_examples_run(root: Path, python: Python) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    for language, block in blocks(text):
+        if language == "python":
+            result = python("-W", "error", "-c", block)
+            assert result.returncode == 0, f"{block}\n{result.stderr}"
+
+
+def test_docstring_examples_run(trees: dict[str, ast.Module], modules: dict[str, Path]) -> None:
+    with_examples = [name for name in trees if ">>>" in modules[name].read_text(encoding="utf-8")]
+    results = {name: doctest.testmod(importlib.import_module(name)) for name in with_examples}
+    assert not [name for name, result in results.items() if result.failed]
+    assert all(result.attempted for result in results.values())
