@@ -62,7 +62,8 @@ def late_to_early_flops(
     """Model FLOPs of one late-to-early training step, per token, while the teacher is active.
 
     The student's training and the teacher's forward pass, its head included since its loss is
-    logged. Resizing the hidden states and the cosine have no matmul.
+    logged. Interpolating the hidden states and the cosine have no matmul; the two of the optional
+    learned resize (4 * teacher width * student width) are left out.
     """
     return transformer_train_flops(
         student, length, attention=attention

@@ -227,7 +227,7 @@ class _JsonLines:
 
 
 def _can_append(path: epath.Path) -> bool:
-    return "://" not in str(path) and not str(path).startswith("/gs/")
+    return "://" not in str(path)
 
 
 def _earlier_lines(path: epath.Path, start_step: int) -> list[str]:
