@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import posixpath
 import sysconfig
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -58,11 +59,10 @@ def find_files(source: str, *, format: str = "auto") -> list[SourceFile]:
     if source == "stdlib":
         return _find_stdlib()
     path = epath.Path(source).expanduser()
-    is_glob = any(char in source for char in "*?[")
-    if is_glob and not path.exists():
+    if is_glob := _is_glob(source) and not path.exists():
         found = _glob(path)
     elif path.is_dir():
-        found = [(file, str(file.relative_to(path))) for file in _walk(path)]
+        found = [(path / relative, relative) for relative in _walk(path)]
     elif path.exists():
         found = [(path, path.name)]
     else:
@@ -91,31 +91,41 @@ def _format_of(path: epath.Path, format: str, *, default: Format | None) -> Form
 
 def _find_stdlib() -> list[SourceFile]:
     root = epath.Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, folders, names in root.walk():
-        folders[:] = [name for name in folders if name not in STDLIB_EXCLUDED]
-        for name in names:
-            # _sysconfigdata describes the machine that Python was built on.
-            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
-                path = epath.Path(folder) / name
-                files.append(SourceFile(path, path.relative_to(root).as_posix(), "text"))
-    return sorted(files, key=lambda file: file.relative)
+    return [
+        SourceFile(root / relative, relative, "text")
+        for relative in sorted(_walk(root, excluded=STDLIB_EXCLUDED))
+        # _sysconfigdata describes the machine that Python was built on.
+        if relative.endswith(".py") and not relative.startswith("_sysconfigdata")
+    ]
 
 
-def _walk(root: epath.Path) -> Iterator[epath.Path]:
+def _walk(root: epath.Path, *, excluded: frozenset[str] = frozenset()) -> Iterator[str]:
+    """Paths below `root`, relative to it; hidden files and `excluded` folders are left out."""
+    top = _without_scheme(root)
     for folder, folders, names in root.walk():
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if name not in excluded and name[0] != "."]
+        # In a bucket epath's walk gives folders without their scheme.
+        inside = posixpath.relpath(_without_scheme(folder), top)
         for name in names:
             if not name.startswith("."):
-                yield epath.Path(folder) / name
+                yield posixpath.normpath(posixpath.join(inside, name))
+
+
+def _without_scheme(path: epath.Path) -> str:
+    return str(path).split("://")[-1].strip("/") or "."
 
 
 def _glob(pattern: epath.Path) -> list[tuple[epath.Path, str]]:
-    parts = pattern.parts
-    fixed = list(itertools.takewhile(lambda part: not any(c in part for c in "*?["), parts))
-    root = epath.Path(*fixed) if fixed else epath.Path(".")
-    matches = root.glob("/".join(parts[len(fixed) :]))
+    if "**" in pattern.parts:
+        raise ValueError(f"{pattern} has `**`; give the folder, which is searched to the bottom")
+    fixed = list(itertools.takewhile(lambda part: not _is_glob(part), pattern.parts))
+    root = epath.Path(*fixed)
+    matches = root.glob("/".join(pattern.parts[len(fixed) :]))
     return [(path, str(path.relative_to(root))) for path in matches if not path.is_dir()]
+
+
+def _is_glob(text: str) -> bool:
+    return any(char in text for char in "*?[")
 
 
 def read_documents(

@@ -111,7 +111,10 @@ class TextDataset:
 
 
 def _shuffled(ends: np.ndarray, weights: Sequence[float] | None, seed: int) -> grain.MapDataset:
-    """Endless order of example numbers: shuffled anew each epoch, mixed by weight."""
+    """Endless order of example numbers: shuffled anew each epoch, mixed by weight.
+
+    grain rounds the weights to hundredths of the smallest one.
+    """
     if weights is None:
         return grain.MapDataset.range(int(ends[-1])).seed(seed).shuffle().repeat()
     begins = [0, *ends[:-1].tolist()]

@@ -108,7 +108,7 @@ def write_stream(
 
 def _identity(file: corpus.SourceFile) -> tuple[str, str, int, int]:
     stat = file.path.stat()
-    # Local paths have a finer clock than epath's whole seconds.
+    # epath gives whole seconds, and nothing for some buckets.
     local = pathlib.Path(file.path)
     mtime = local.stat().st_mtime_ns if local.exists() else int(stat.mtime or 0)
     return str(file.path), file.format, int(stat.length), mtime
