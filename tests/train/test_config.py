@@ -28,6 +28,7 @@ CONFIG = RunConfig(
 
 def test_json_gives_the_same_configuration_back():
     text = json.dumps(to_dict(CONFIG))
+    assert json.loads(text) == to_dict(CONFIG)
     assert from_dict(json.loads(text)) == CONFIG
     assert from_dict(json.loads(text.replace("1.5", "2.5"))) != CONFIG
 

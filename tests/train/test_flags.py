@@ -172,6 +172,7 @@ PRESET = "--preset=transformer_tiny"
             "unknown flag --model.num_layer; did you mean --model.num_layers?",
         ),
         (["--num_layers=4"], "unknown flag --num_layers; did you mean --model.num_layers?"),
+        (["--teacher=x"], "unknown flag --teacher; did you mean --late_to_early.teacher?"),
         (["--qqqqqqqq"], "unknown flag --qqqqqqqq; --help lists the flags"),
         (["--model.num_layers=four"], "flag --model.num_layers=four: expected an integer"),
         (["--train.tensorboard=si"], "flag --train.tensorboard=si: expected true or false"),
@@ -213,8 +214,30 @@ def test_undefok_and_help_come_from_absl():
     assert "--data.batch_size: sequences of the global batch, one optimiser step." in text
     assert "--checkpoint.every: optimiser steps; 0 saves at the end only (default: 200)" in text
     assert "--mesh.fsdp: parameters and optimiser state. (default: 1)" in text
-    # A docstring's continuation line belongs to its field.
-    assert "comma-separated for a mixture" in FIELDS["data.source"].help
+
+
+@dataclasses.dataclass
+class Documented:
+    """A class.
+
+    first: one sentence
+        on two lines. second: another. Not a field: text.
+
+    A paragraph about all of them.
+    """
+
+    first: int = 1
+    second: int = 2
+    third: int = 3  # from # the comment
+    fourth: int = 4
+
+
+def test_help_is_what_the_docstring_or_the_comment_says():
+    assert flags._help_texts(Documented) == {
+        "first": "one sentence on two lines.",
+        "second": "another. Not a field: text.",
+        "third": "from # the comment",
+    }
 
 
 def test_flagfile_gives_the_same_configuration_back(tmp_path: pathlib.Path):
@@ -256,6 +279,10 @@ def from_the_package(source: str) -> None:
         ("raise NotImplementedError('no kernel')", "error: no kernel\n"),
         ("raise ImportError('pip install x')", "error: pip install x\n"),
         ("open('/absent')", "error: [Errno 2] No such file or directory: '/absent'\n"),
+        (
+            "import pathlib; pathlib.Path('/absent').read_text()",
+            "error: [Errno 2] No such file or directory: '/absent'\n",
+        ),
     ],
 )
 def test_expected_errors_become_one_line(

@@ -50,7 +50,8 @@ def test_golden_folder_holds_nothing_else():
 @pytest.mark.parametrize("name", presets.PRESETS)
 def test_flagfile_and_dict_give_the_preset_back(name: str, tmp_path: pathlib.Path):
     config = configured(f"--preset={name}")
-    assert config.preset == name
+    assert config.preset == presets.get(name).preset == name
+    assert f"train --preset={name}" in presets.PRESETS[name].command
     path = tmp_path / "run.flags"
     path.write_text(flags.to_flagfile(config))
     assert configured(f"--flagfile={path}") == config
