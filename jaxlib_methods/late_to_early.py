@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxlib_methods import flops, losses, next_token
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics, Pretrained
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.transformer import Outputs, Transformer
+from jaxlib_methods.models.transformer import Outputs, forward
 
 Objective = Literal["alignment", "salt", "reverse_kd"]
 
@@ -153,7 +153,6 @@ def make_loss(
     student passes it), and `alignment` (the cosine) with `alignment_weight` (lambda), or
     `distillation` (the soft cross-entropy).
     """
-    student_model, teacher_model = Transformer(student), Transformer(teacher)
     aligns = cfg.objective == "alignment"
     block = student_block(cfg, student.num_layers) if aligns else None
     layer = teacher_layer(cfg, teacher.num_layers) if aligns else None
@@ -164,11 +163,11 @@ def make_loss(
     ) -> tuple[jax.Array, Metrics]:
         del key
         where = batch.where
-        inputs = {"positions": batch.positions, "segments": batch.segments}
+        inputs: dict[str, Any] = {"positions": batch.positions, "segments": batch.segments}
         frozen = jax.lax.stop_gradient(extra["teacher"])
         out = _Forward(
-            student_model.apply({"params": params}, batch.inputs, hidden_layer=block, **inputs),
-            teacher_model.apply({"params": frozen}, batch.inputs, hidden_layer=layer, **inputs),
+            forward(student, params, batch.inputs, hidden_layer=block, **inputs),
+            forward(teacher, frozen, batch.inputs, hidden_layer=layer, **inputs),
         )
         nll = losses.masked_sum(
             losses.token_nll(out.student.logits, batch.targets, where=where), where=where
@@ -236,7 +235,7 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
         "late_to_early.teacher is empty; give a run's workdir, a Hugging Face folder, or "
         "preset:NAME to train one first",
     )
-    found = context.load_pretrained(cfg.teacher, abstract=True)
+    found = context.load_pretrained(cfg.teacher, weights=False)
     check_teacher(found, context)
     student = context.model
     teacher = dataclasses.replace(found.config, compute_dtype=student.compute_dtype, remat="none")
@@ -260,7 +259,6 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
         init=init,
         loss=make_loss(cfg, student, teacher, stop=stop),
         flops_per_token=flops.late_to_early_flops(student, teacher, length),
-        checkpoint_extra=False,
         until=stop,
         then=dataclasses.replace(plain, init_params=init_params),
     )

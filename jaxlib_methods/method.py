@@ -50,18 +50,18 @@ class Pretrained(NamedTuple):
     """A finished model: what `LoadPretrained` gives for a run's or a Hugging Face folder."""
 
     config: Any  # its TransformerConfig
-    params: Params  # sharded like a model of our own
+    params: Params  # sharded like a model of our own; None where they were not asked for
     tokenizer: str | None  # fingerprint of its tokenizer, None where the folder has none
 
 
 class LoadPretrained(Protocol):
     """Reads a finished model, its parameters cast to `dtype` (None: as they are stored).
 
-    With `abstract=True` the parameters are shapes and no weights are read.
+    With `weights=False` only the configuration is read, and no device is touched.
     """
 
     def __call__(
-        self, source: str, *, abstract: bool = False, dtype: str | None = None
+        self, source: str, *, weights: bool = True, dtype: str | None = None
     ) -> Pretrained: ...
 
 
@@ -83,10 +83,10 @@ class Method:
     init_params: key -> the trained parameters, boxed with logical axis names (traced by the
         trainer inside `jit`, so that they are born sharded).
     init: key -> what is not a parameter (LET: the frozen teacher). Not traced: it may read files.
+        A restart calls it again and must get the same.
     loss: see `LossFn`.
     flops_per_token: analytic training FLOPs per token of a sequence of the run's length,
         forward and backward, multiply and add counted apart.
-    checkpoint_extra: False where `init` makes the same again on a restart (a frozen teacher).
     until, then: from optimiser step `until` on the run continues as `then`. The program of
         `then` contains nothing of this method, and `extra` is freed.
     """
@@ -95,6 +95,5 @@ class Method:
     init: Callable[[jax.Array], Extra]
     loss: LossFn
     flops_per_token: float
-    checkpoint_extra: bool = True
     until: int | None = None
     then: "Method | None" = None

@@ -8,7 +8,7 @@ import jax
 from jaxlib_methods import flops, losses
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.transformer import Transformer, init_params
+from jaxlib_methods.models.transformer import forward, init_params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,15 +18,12 @@ class NextTokenConfig:
 
 def make_loss(cfg: TransformerConfig) -> LossFn:
     """The next-token loss of `Transformer(cfg)`: the mean of `losses.token_nll` over targets."""
-    model = Transformer(cfg)
 
     def loss(
         params: Any, extra: Any, batch: Batch, *, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         del extra, step, key
-        out = model.apply(
-            {"params": params}, batch.inputs, positions=batch.positions, segments=batch.segments
-        )
+        out = forward(cfg, params, batch.inputs, positions=batch.positions, segments=batch.segments)
         nll = losses.token_nll(out.logits, batch.targets, where=batch.where)
         total, count = losses.masked_sum(nll, where=batch.where)
         return losses.mean(total, count), {"loss": (total, count)}

@@ -2,7 +2,8 @@
 
 # Dimension key: B batch, L sequence, M cache slots, D width, V padded vocabulary.
 
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -203,3 +204,25 @@ def _write(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
 def init_params(cfg: TransformerConfig, key: jax.Array) -> dict:
     """Parameters of `Transformer(cfg)`, boxed with logical axis names (see `partitioning`)."""
     return dict(Transformer(cfg).init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def forward(
+    cfg: TransformerConfig,
+    params: Mapping[str, Any],
+    inputs: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    hidden_layer: int | Literal["final"] | None = None,
+    cache: KVCache | None = None,
+) -> Outputs:
+    """`Transformer(cfg)` as a function of its parameters; see `Transformer.__call__`."""
+    outputs = Transformer(cfg).apply(
+        {"params": params},
+        inputs,
+        positions=positions,
+        segments=segments,
+        hidden_layer=hidden_layer,
+        cache=cache,
+    )
+    return cast(Outputs, outputs)

@@ -8,7 +8,7 @@ it stands. --print_config prints the whole configuration as a flagfile. Without 
 writes to runs/PRESET or runs/METHOD, and continues there when it is started again.
 """
 
-from absl import app
+from absl import app, logging
 from absl.flags import FLAGS
 
 from jaxlib_methods.train import flags, presets
@@ -29,6 +29,8 @@ def main(argv: list[str]) -> None:
         require_complete(config)
         from jaxlib_methods.train import loop  # heavy: wrong flags fail before it is imported
 
+        if FLAGS["verbosity"].using_default_value:
+            logging.set_verbosity(logging.WARNING)  # Orbax raises it to INFO when imported
         loop.run(config)
 
 

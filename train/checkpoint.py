@@ -1,0 +1,293 @@
+"""Checkpoints: asynchronous, whole or not there, restorable onto any mesh.
+
+WORKDIR/config.json says which run a folder belongs to; WORKDIR/checkpoints/STEP holds the
+checkpointables `params` and `optimizer` (optimiser state and step), and as custom metadata the
+record of the run: its configuration and the fingerprints of its tokenizer and corpus. The
+position in the data is the step.
+"""
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from jaxlib_methods.method import Pretrained
+from jaxlib_methods.models import huggingface, huggingface_config, partitioning
+from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.transformer import init_params
+from jaxlib_methods.train.config import RunConfig, from_dict, to_dict
+from jaxlib_methods.train.state import TrainState
+from jaxlib_methods.train.tokenizer import load_tokenizer
+
+CONFIG_FILE = "config.json"
+FOLDER = "checkpoints"
+FORMAT = 1  # of the record; a newer one is refused
+
+# What must agree for a run to be continued: everything else may change between starts.
+IDENTITY = ("method", "seed", "model", "method_config")
+DATA_IDENTITY = (
+    "source", "weights", "text_field", "tokenizer", "validation_source", "validation_fraction",
+    "sequence_length", "batch_size", "shuffle_seed",
+)  # fmt: skip
+
+
+class Record(NamedTuple):
+    """What a checkpoint says about its run."""
+
+    config: RunConfig
+    tokenizer: str  # fingerprint
+    corpus: str  # fingerprint
+
+
+def write_config(workdir: epath.PathLike, record: Record) -> None:
+    """Writes WORKDIR/config.json, in one piece."""
+    path = epath.Path(workdir) / CONFIG_FILE
+    partial = path.with_name(CONFIG_FILE + ".partial")
+    partial.write_text(json.dumps(_to_json(record), indent=1) + "\n")
+    partial.replace(path)
+
+
+def read_record(workdir: epath.PathLike) -> Record | None:
+    """The record in WORKDIR/config.json, or None where there is no such file.
+
+    Raises ValueError where the file is not a run's.
+    """
+    path = epath.Path(workdir) / CONFIG_FILE
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return _from_json(values, path)
+
+
+def read_config(workdir: epath.PathLike) -> RunConfig:
+    """The configuration of the run in `workdir`. Raises FileNotFoundError where there is none."""
+    record = read_record(workdir)
+    if record is None:
+        raise FileNotFoundError(f"{workdir} holds no run: it has no {CONFIG_FILE}")
+    return record.config
+
+
+def _to_json(record: Record) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "run": to_dict(record.config),
+        "tokenizer": record.tokenizer,
+        "corpus": record.corpus,
+    }
+
+
+def _from_json(values: Any, where: object) -> Record:
+    if not isinstance(values, dict) or "format" not in values or "run" not in values:
+        raise ValueError(f"{where} does not describe a run of this library")
+    if values["format"] > FORMAT:
+        raise ValueError(
+            f"{where} has format {values['format']}, this version reads up to {FORMAT}; "
+            "install a newer jaxlib-methods"
+        )
+    return Record(from_dict(values["run"]), values["tokenizer"], values["corpus"])
+
+
+def check_same_run(saved: Record, current: Record, *, where: object) -> None:
+    """Raises ValueError naming the first value in which a saved run is another than this one."""
+    old, new = to_dict(saved.config), to_dict(current.config)
+    pairs = [(name, old[name], new[name]) for name in IDENTITY]
+    pairs += [(f"data.{name}", old["data"][name], new["data"][name]) for name in DATA_IDENTITY]
+    pairs.append(("optimizer.name", old["optimizer"]["name"], new["optimizer"]["name"]))
+    for name, before, now in pairs:
+        if isinstance(before, dict) and isinstance(now, dict):
+            section = new["method"] if name == "method_config" else name
+            differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            if not differing:
+                continue
+            key = differing[0]
+            name, before, now = f"{section}.{key}", before.get(key), now.get(key)
+        if before != now:
+            raise ValueError(
+                f"{where} belongs to a run with {name}={before}, this run has {name}={now}; "
+                "give another --workdir, or the same value"
+            )
+    if saved.tokenizer != current.tokenizer or saved.corpus != current.corpus:
+        what = "corpus" if saved.tokenizer == current.tokenizer else "tokenizer"
+        raise ValueError(
+            f"the {what} has changed since {where} was written: its position in the data would "
+            "mean other text; give another --workdir (--checkpoint.init_from keeps the weights)"
+        )
+
+
+def check_same_architecture(
+    saved: TransformerConfig, current: TransformerConfig, *, where: object
+) -> None:
+    """Raises ValueError naming the first value in which two models have other parameters."""
+    ignored = ("compute_dtype", "param_dtype", "remat", "max_length")
+    for field in dataclasses.fields(TransformerConfig):
+        before, now = getattr(saved, field.name), getattr(current, field.name)
+        if before != now and field.name not in ignored:
+            raise ValueError(
+                f"the model in {where} has model.{field.name}={before}, this run has {now}; "
+                "give the same value"
+            )
+
+
+def restore_run(workdir: epath.PathLike, abstract: TrainState, current: Record) -> TrainState:
+    """The newest state of another run, to go on from in this one's workdir.
+
+    Raises FileNotFoundError where there is none, ValueError where it is another kind of run.
+    """
+    saved = read_record(workdir)
+    folder = epath.Path(workdir) / FOLDER
+    if saved is None or not folder.exists():
+        raise FileNotFoundError(f"checkpoint.restore_from={workdir} holds no run with a checkpoint")
+    check_same_run(saved, current, where=workdir)
+    with ocp.training.Checkpointer(folder) as checkpointer:
+        return _load_state(checkpointer, None, abstract)
+
+
+class Checkpoints:
+    """The checkpoints of one run. A context manager; leaving it waits for a save under way."""
+
+    def __init__(self, workdir: epath.PathLike, *, keep: int, record: Record) -> None:
+        self._record = record
+        self._checkpointer = ocp.training.Checkpointer(
+            epath.Path(workdir) / FOLDER,
+            save_decision_policy=_EveryCall(),
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
+            cleanup_tmp_directories=True,
+        )
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint, or None."""
+        latest = self._checkpointer.latest
+        return None if latest is None else int(latest.step)
+
+    def save(self, state: TrainState) -> None:
+        """Saves in the background; waits for the save before it. Raises what that one raised."""
+        self._checkpointer.wait()
+        step = int(state.step)
+        if self.latest_step == step:
+            return
+        self._checkpointer.save_checkpointables_async(
+            step,
+            {
+                "params": state.params,
+                "optimizer": {"state": state.opt_state, "step": state.step},
+            },
+            custom_metadata=_to_json(self._record),
+        )
+
+    def restore(self, abstract: TrainState) -> TrainState:
+        """The newest state, placed as `abstract` says, whatever mesh it was saved from."""
+        step = self.latest_step
+        return _load_state(self._checkpointer, step, abstract)
+
+    def wait(self) -> None:
+        """Waits for the save under way. Raises what it raised."""
+        self._checkpointer.wait()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._checkpointer.close()
+
+
+class _EveryCall:
+    """The loop decides when to save."""
+
+    def should_save(self, step: Any, previous_steps: Any, *, context: Any) -> bool:
+        del step, previous_steps, context
+        return True
+
+
+def _load_state(
+    checkpointer: ocp.training.Checkpointer, step: int | None, abstract: TrainState
+) -> TrainState:
+    loaded = checkpointer.load_checkpointables(
+        step,
+        {
+            "params": abstract.params,
+            "optimizer": {"state": abstract.opt_state, "step": abstract.step},
+        },
+    )
+    optimizer = loaded["optimizer"]
+    return TrainState(optimizer["step"], loaded["params"], optimizer["state"])
+
+
+def load_pretrained(
+    source: str, *, mesh: Mesh | None = None, weights: bool = True, dtype: str | None = None
+) -> Pretrained:
+    """A finished model from a run's workdir or a Hugging Face folder, sharded over `mesh`.
+
+    weights=False reads only the configuration and the tokenizer's fingerprint and touches no
+    device; `params` is None. dtype: what the parameters are cast to; None keeps a run's own and
+    reads a folder in float32.
+    Raises FileNotFoundError or ValueError where the folder holds no model.
+    """
+    folder = epath.Path(source).expanduser()
+    path = folder / CONFIG_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{source} holds no model: there is no {CONFIG_FILE}; give a run's workdir or a "
+            "Hugging Face folder"
+        )
+    if (folder / FOLDER).exists():
+        return _load_run(folder, mesh, weights, dtype)
+    if "model_type" not in json.loads(path.read_text()):
+        raise FileNotFoundError(f"the run in {source} has no checkpoint yet; let it finish first")
+    return _load_huggingface(folder, mesh, weights, dtype)
+
+
+def _load_run(
+    folder: epath.Path, mesh: Mesh | None, weights: bool, dtype: str | None
+) -> Pretrained:
+    record = read_record(folder)
+    assert record is not None
+    if not weights:
+        return Pretrained(record.config.model, None, record.tokenizer)
+    assert mesh is not None
+    with ocp.training.Checkpointer(folder / FOLDER) as checkpointer:
+        if checkpointer.latest is None:
+            raise FileNotFoundError(
+                f"the run in {folder} has no checkpoint yet; let it finish first"
+            )
+        config = record.config.model
+        abstract = _abstract_params(config, mesh)
+        params = checkpointer.load_checkpointables(None, {"params": abstract})["params"]
+    return Pretrained(config, _cast(params, dtype), record.tokenizer)
+
+
+def _load_huggingface(
+    folder: epath.Path, mesh: Mesh | None, weights: bool, dtype: str | None
+) -> Pretrained:
+    values = json.loads((folder / CONFIG_FILE).read_text())
+    config = huggingface_config.config_from_huggingface(values)
+    has_tokenizer = (folder / "tokenizer.json").exists()
+    tokenizer = load_tokenizer(str(folder), separator_id=0).fingerprint if has_tokenizer else None
+    if not weights:
+        return Pretrained(config, None, tokenizer)
+    assert mesh is not None
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(config, mesh))
+    params = huggingface.load_params(folder, config, shardings=shardings, dtype=dtype)
+    return Pretrained(config, params, tokenizer)
+
+
+def _abstract_params(config: TransformerConfig, mesh: Mesh) -> Any:
+    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        partitioning.unbox(boxed),
+        partitioning.param_shardings(boxed, mesh),
+    )
+
+
+def _cast(params: Any, dtype: str | None) -> Any:
+    if dtype is None:
+        return params
+    return jax.jit(lambda tree: jax.tree.map(lambda x: x.astype(dtype), tree))(params)

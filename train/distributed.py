@@ -1,0 +1,69 @@
+"""Starting `jax.distributed` where a run has more than one process."""
+
+import os
+import socket
+from collections.abc import Mapping
+
+import jax
+
+PORT = 8476
+HOSTS = "JAXLIB_METHODS_HOSTS"  # plain ssh: the same comma-separated list on every host
+
+
+def initialize(environment: Mapping[str, str] = os.environ) -> None:
+    """Joins the processes of a run, before any device is touched; one process needs nothing.
+
+    In this order: an address given (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID);
+    a list of hosts (JAXLIB_METHODS_HOSTS=host0,host1, the first one coordinates); Slurm with more
+    than one task; a TPU pod. The last two are found out by JAX itself.
+    Raises ValueError where the variables contradict each other.
+    """
+    arguments = process_arguments(environment, hostname=socket.gethostname())
+    if arguments is not None and not jax.distributed.is_initialized():
+        jax.distributed.initialize(**arguments)
+
+
+def process_arguments(environment: Mapping[str, str], *, hostname: str) -> dict | None:
+    """Arguments of `jax.distributed.initialize`, or None for a run of one process."""
+    if environment.get("JAX_COORDINATOR_ADDRESS"):
+        return _from_address(environment)
+    if environment.get(HOSTS):
+        return _from_hosts(environment[HOSTS], hostname)
+    slurm = int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    tpu_pod = len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
+    return {} if slurm or tpu_pod else None
+
+
+def _from_address(environment: Mapping[str, str]) -> dict:
+    names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    missing = [name for name in names if not environment.get(name, "").isdigit()]
+    if missing:
+        raise ValueError(
+            f"JAX_COORDINATOR_ADDRESS={environment['JAX_COORDINATOR_ADDRESS']} also needs "
+            f"{' and '.join(missing)} as a number"
+        )
+    count, index = (int(environment[name]) for name in names)
+    if not index < count:
+        raise ValueError(f"JAX_PROCESS_ID={index} must be below JAX_NUM_PROCESSES={count}")
+    return {
+        "coordinator_address": environment["JAX_COORDINATOR_ADDRESS"],
+        "num_processes": count,
+        "process_id": index,
+    }
+
+
+def _from_hosts(listed: str, hostname: str) -> dict:
+    hosts = [host.strip() for host in listed.split(",")]
+    short = [host.split(".")[0] for host in hosts]
+    mine = hostname.split(".")[0]
+    if short.count(mine) != 1:
+        raise ValueError(
+            f"{HOSTS}={listed} must name this host, {hostname}, exactly once; use "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID instead"
+        )
+    return {
+        "coordinator_address": f"{hosts[0]}:{PORT}",
+        "num_processes": len(hosts),
+        "process_id": short.index(mine),
+    }

@@ -1,0 +1,92 @@
+"""The training state, born sharded."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxlib_methods.method import Method
+from jaxlib_methods.models import partitioning
+
+SHARDED_SHARE = 0.95  # of the parameters' bytes, where the mesh has axes to cut them
+
+
+class TrainState(NamedTuple):
+    """What an optimiser step changes. step: int32 scalar, the number of steps done."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+
+
+def abstract_state(
+    method: Method, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state; nothing is computed.
+
+    Raises ValueError where the mesh does not divide a parameter, or cuts too few of them.
+    """
+    boxed = jax.eval_shape(method.init_params, jax.random.key(0))
+    params = partitioning.unbox(boxed)
+    shardings = partitioning.param_shardings(boxed, mesh)
+    _check_sharded(params, shardings, mesh)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_shardings = partitioning.shardings_like_params(opt_state, params, shardings, mesh)
+    return TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh)),
+        *(
+            jax.tree.map(
+                lambda leaf, sharding: jax.ShapeDtypeStruct(
+                    leaf.shape, leaf.dtype, sharding=sharding
+                ),
+                tree,
+                places,
+            )
+            for tree, places in ((params, shardings), (opt_state, opt_shardings))
+        ),
+    )
+
+
+def _check_sharded(params: Any, shardings: Any, mesh: Mesh) -> None:
+    axes = [name for name in ("fsdp", "tensor") if mesh.shape[name] > 1]
+    share = partitioning.sharded_fraction(params, shardings, axes=axes)
+    if axes and share < SHARDED_SHARE:
+        raise ValueError(
+            f"only {share:.0%} of the parameters' bytes are cut along mesh axes {axes}, at least "
+            f"{SHARDED_SHARE:.0%} must be; name the large parameters' axes in the model"
+        )
+
+
+def create_state(
+    method: Method, optimizer: optax.GradientTransformation, abstract: TrainState, key: jax.Array
+) -> TrainState:
+    """A new state. Every device computes only its own part of it."""
+
+    def create(key: jax.Array) -> TrainState:
+        params = partitioning.unbox(method.init_params(key))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(create, out_shardings=shardings_of(abstract))(key)
+
+
+def with_params(
+    optimizer: optax.GradientTransformation, abstract: TrainState, params: Any
+) -> TrainState:
+    """A new state around given parameters: step 0 and a fresh optimiser."""
+    opt_shardings = shardings_of(abstract.opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
+    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
+    return TrainState(step, params, opt_state)
+
+
+def shardings_of(abstract: Any) -> Any:
+    """The shardings of a tree of `ShapeDtypeStruct`s."""
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def num_params(params: Any) -> int:
+    """Number of scalars in a tree."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
