@@ -15,7 +15,6 @@ import pytest
 import jaxlib_methods
 
 FOLDERS = ("jaxlib_methods", "models", "train", "infer", "pallas_kernels")
-FILES = ("pyproject.toml", "README.md", "LICENSE")
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -40,8 +39,9 @@ def _copy(root: Path, to: Path) -> Path:
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for folder in FOLDERS:
         shutil.copytree(root / folder, to / folder, symlinks=True, ignore=ignore)
-    for file in FILES:
-        shutil.copy(root / file, to / file)
+    for file in root.iterdir():
+        if file.is_file():
+            shutil.copy(file, to / file.name)
     return to
 
 
