@@ -29,8 +29,8 @@ def main(argv: list[str]) -> None:
         require_complete(config)
         from jaxlib_methods.train import loop  # heavy: wrong flags fail before it is imported
 
-        if FLAGS["verbosity"].using_default_value:
-            logging.set_verbosity(logging.WARNING)  # Orbax raises it to INFO when imported
+        if not FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
         loop.run(config)
 
 
