@@ -15,7 +15,17 @@ _PLAIN = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-_ROPE_TYPES = {"default": "none", "linear": "linear", "llama3": "llama3"}
+# Our rope_scaling -> our field -> key of the rope dictionary.
+_ROPE: dict[str, dict[str, str]] = {
+    "none": {},
+    "linear": {"rope_scaling_factor": "factor"},
+    "llama3": {
+        "rope_scaling_factor": "factor",
+        "rope_low_frequency_factor": "low_freq_factor",
+        "rope_high_frequency_factor": "high_freq_factor",
+        "rope_original_length": "original_max_position_embeddings",
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,8 +49,8 @@ class Family:
     default_norm_eps: float = 1e-6
     has_head_keys: bool = True
     default_head_dim: int | None = None
-    rope_theta_key: str | None = "rope_theta"
-    rope_fraction_key: str | None = None
+    rope_theta_key: str = "rope_theta"
+    rope_fraction_key: str = "partial_rotary_factor"
     default_rope_fraction: float = 1.0
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
@@ -142,7 +152,6 @@ FAMILIES: dict[str, Family] = {
             mlp_dim_key="ffn_dim",
             norm_eps_key=None,
             has_head_keys=False,
-            rope_theta_key=None,
             only={
                 "do_layer_norm_before": (True,),
                 "_remove_final_layer_norm": (False,),
@@ -180,7 +189,7 @@ def config_from_huggingface(config_json: Mapping[str, Any], **overrides: Any) ->
     if family.norm_eps_key:
         values["norm_eps"] = config_json.get(family.norm_eps_key, family.default_norm_eps)
     values |= _heads(config_json, family)
-    if family.rope_theta_key:
+    if values["positions"] == "rotary":
         values |= _rope_from(config_json, family)
     return TransformerConfig(**(values | overrides))
 
@@ -230,25 +239,26 @@ def _rope_from(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]
     rope = config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise _refuse("rope_parameters", dict(rope), "all layers must share one rotary embedding")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in _ROPE_TYPES:
-        raise _refuse("rope_type", kind, f"choose from {sorted(_ROPE_TYPES)}")
+    written = rope.get("rope_type", rope.get("type", "default"))
+    kind = "none" if written == "default" else written
+    if kind not in _ROPE:
+        raise _refuse("rope_type", kind, "choose from ['default', 'linear', 'llama3']")
     theta = config_json.get(family.rope_theta_key, config_json.get("rope_theta", 10_000.0))
-    fraction = config_json.get("partial_rotary_factor", family.default_rope_fraction)
-    fraction = config_json.get(family.rope_fraction_key, fraction)
+    fraction = config_json.get(family.rope_fraction_key, family.default_rope_fraction)
     fraction = rope.get("partial_rotary_factor", fraction)
     if fraction != family.fixed.get("rotary_fraction", fraction):
         raise _refuse("partial_rotary_factor", fraction, f"{family.model_type} must rotate all")
     values: dict[str, Any] = {
         "rope_theta": float(rope.get("rope_theta", theta)),
         "rotary_fraction": fraction,
-        "rope_scaling": _ROPE_TYPES[kind],
+        "rope_scaling": kind,
     }
-    wanted = _ROPE_NUMBERS[kind]
-    if absent := [key for key in wanted if key not in rope]:
+    if absent := [key for key in _ROPE[kind].values() if key not in rope]:
         raise _refuse("rope_type", kind, f"its {' and '.join(absent)} must be given")
-    return values | {ours: rope[key] for key, ours in wanted.items()}
- = rope@@def _why_not(cfg: TransformerConfig, family: Family) -> str | None:
+    return values | {ours: rope[key] for ours, key in _ROPE[kind].items()}
+
+
+def _why_not(cfg: TransformerConfig, family: Family) -> str | None:
     """Why the family cannot express the configuration, or None where it can."""
     for field, value in family.fixed.items():
         if getattr(cfg, field) != value:
@@ -291,7 +301,7 @@ def config_to_huggingface(cfg: TransformerConfig, *, family: str | None = None) 
     Raises ValueError with the reason where no family fits.
     """
     found = family_of(cfg, family)
-    names = {ours: name for name, ours in reversed(found.activations.items())}
+    names = {ours: name for name, ours in reversed(list(found.activations.items()))}
     out: dict[str, Any] = {
         "architectures": [found.architecture],
         "model_type": found.model_type,
@@ -308,9 +318,9 @@ def config_to_huggingface(cfg: TransformerConfig, *, family: str | None = None) 
         out[found.norm_eps_key] = cfg.norm_eps
     if found.has_head_keys:
         out |= {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_size}
-    if found.rope_theta_key:
+    if cfg.positions == "rotary":
         out |= {found.rope_theta_key: cfg.rope_theta, "rope_scaling": _rope_to(cfg)}
-    if found.rope_fraction_key:
+    if cfg.positions == "rotary" and "rotary_fraction" not in found.fixed:
         out[found.rope_fraction_key] = cfg.rotary_fraction
     return out
 
@@ -318,9 +328,5 @@ def config_to_huggingface(cfg: TransformerConfig, *, family: str | None = None) 
 def _rope_to(cfg: TransformerConfig) -> dict[str, Any] | None:
     if cfg.rope_scaling == "none":
         return None
-    rope: dict[str, Any] = {"rope_type": cfg.rope_scaling, "factor": cfg.rope_scaling_factor}
-    if cfg.rope_scaling == "llama3":
-        rope["low_freq_factor"] = cfg.rope_low_frequency_factor
-        rope["high_freq_factor"] = cfg.rope_high_frequency_factor
-        rope["original_max_position_embeddings"] = cfg.rope_original_length
-    return rope
+    numbers = {key: getattr(cfg, ours) for ours, key in _ROPE[cfg.rope_scaling].items()}
+    return {"rope_type": cfg.rope_scaling} | numbers
