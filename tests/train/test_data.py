@@ -1,5 +1,9 @@
 import contextlib
 import dataclasses
+import os
+import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +21,6 @@ from jaxlib_methods.train.data import (
     device_batches,
     open_dataset,
     pack,
-    put_rows,
     rows_on,
     validation_batches,
 )
@@ -123,6 +126,19 @@ def test_mixture_keeps_its_weights_exactly(weights: tuple[float, float]) -> None
         batch = dataset.rows(range(start, start + 400))
         from_first = (batch.targets.max(axis=1) < 5000).sum()
         assert from_first == 400 * weights[0] / sum(weights)
+
+
+def test_mixture_of_the_configuration(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text((name * 9 + "\n") * 400)
+    cfg = DataConfig(
+        source=f"{tmp_path}/a.txt, {tmp_path}/b.txt", weights=(1.0, 4.0), sequence_length=10
+    )
+    train = open_dataset(cfg, ByteTokenizer(), split="train").rows(range(100))
+    assert (train.inputs == ord("a")).any(axis=1).sum() == 20
+    # Validation takes every token of both, whatever the weights.
+    validation = open_dataset(cfg, ByteTokenizer(), split="validation").rows(range(100))
+    assert (validation.inputs == ord("a")).sum() == (validation.inputs == ord("b")).sum() == 180
 
 
 def test_mixture_without_weights_goes_by_size() -> None:
@@ -253,13 +269,54 @@ def test_rows_of_two_hosts_make_the_whole() -> None:
     assert rows_on(devices[[0, 4]], sharding, (8, 4)).tolist() == [0, 1, 4, 5]
 
 
-def test_only_local_rows_are_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset, mesh = make_dataset(), make_mesh(2, 2, 1, 2)
-    built = []
-    rows = dataset.rows
-    monkeypatch.setattr(dataset, "rows", lambda indices: built.append(indices) or rows(indices))
-    put_rows(dataset, np.arange(16, 24), mesh=mesh, spec=SPEC)
-    assert [indices.tolist() for indices in built] == [list(range(16, 24))]
+TWO_PROCESSES = """
+import contextlib, sys
+import jax, numpy as np
+from jaxlib_methods.train import config, data, tokenizer
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+cfg = config.DataConfig(source=sys.argv[3], sequence_length=16)
+dataset = data.open_dataset(cfg, tokenizer.load_tokenizer("bytes"), split="train")
+whole, rows, built = dataset.rows(range(40, 48)), dataset.rows, []
+dataset.rows = lambda indices: built.append(len(indices)) or rows(indices)
+for sizes in ((2, 1, 1, 2), (1, 1, 1, 4)):
+    mesh = jax.make_mesh(
+        sizes, ("data", "fsdp", "tensor", "sequence"), axis_types=(jax.sharding.AxisType.Auto,) * 4
+    )
+    spec = jax.P(("data", "fsdp"), "sequence")
+    steps = data.device_batches(
+        dataset, batch_size=8, mesh=mesh, spec=spec, start_step=5, num_threads=1
+    )
+    with contextlib.closing(steps):
+        batch = next(steps)
+    for got, expected in zip(batch, whole):
+        assert len(got.addressable_shards) == 2
+        for shard in got.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected[shard.index])
+    print("built", built[0])
+    built.clear()
+"""
+
+
+def test_two_processes_build_what_they_hold(folder: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES, address, str(process), str(folder)],
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    outputs = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    for output in outputs:  # half of the rows, then half of every row
+        lines = [line for line in output.splitlines() if line.startswith("built")]
+        assert lines == ["built 4", "built 8"]
 
 
 def test_closing_ends_the_threads_and_an_error_reaches_the_reader(

@@ -86,7 +86,8 @@ def test_separator_is_the_end_of_text_token_or_the_one_given(tmp_path: Path) -> 
 def test_fingerprint_depends_on_content_only(tmp_path: Path) -> None:
     path = write_tokenizer(tmp_path / "t.json", ["</s>"])
     spaced = tmp_path / "spaced.json"
-    spaced.write_text(json.dumps(json.loads(path.read_text()), indent=7))
+    backwards = dict(reversed(json.loads(path.read_text()).items()))
+    spaced.write_text(json.dumps(backwards, indent=7))
     other = write_tokenizer(tmp_path / "other.json", ["<pad>", "</s>"])
     first, second, third = (load_tokenizer(str(p)).fingerprint for p in (path, spaced, other))
     assert first == second != third
