@@ -33,7 +33,13 @@ from jaxlib_methods.models.huggingface_layout import Placement, is_ignorable, jo
 from jaxlib_methods.models.partitioning import unbox
 from jaxlib_methods.models.transformer import init_params
 
-__all__ = ["config_from_huggingface", "config_to_huggingface", "load_params", "save_params"]
+__all__ = [
+    "config_from_huggingface",
+    "config_to_huggingface",
+    "load_params",
+    "save_params",
+    "weight_files",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -121,7 +127,11 @@ def _read_sharded(
     return jax.make_array_from_callback(placement.shape, sharding, block, dtype=dtype)
 
 
-def _weight_files(folder: Path) -> list[str]:
+def weight_files(folder: Path) -> list[str]:
+    """Names of the files with a folder's weights, found without reading them.
+
+    Raises FileNotFoundError where one is missing.
+    """
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     if not (folder / INDEX_FILE).is_file():
@@ -145,7 +155,7 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Tensor name -> slice, of all weight files, which stay open as long as the stack."""
     safe_open = _safetensors().safe_open
     tensors = {}
-    for file in _weight_files(folder):
+    for file in weight_files(folder):
         handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
         tensors |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     return tensors

@@ -1,13 +1,18 @@
 """Checkpoints: asynchronous, whole or not there, restorable onto any mesh.
 
 WORKDIR/config.json says which run a folder belongs to; WORKDIR/checkpoints/STEP holds the
-checkpointables `params` and `optimizer` (optimiser state and step), and as custom metadata the
-record of the run: its configuration and the fingerprints of its tokenizer and corpus. The
-position in the data is the step.
+checkpointables `params` (the model's, all that inference needs) and `optimizer` (optimiser state,
+step, and the parameters that a method adds to the model), and as custom metadata the record of
+the run: its configuration and the fingerprints of its tokenizer and corpus. The position in the
+data is the step.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -54,16 +59,43 @@ def write_config(workdir: epath.PathLike, record: Record) -> None:
 def read_record(workdir: epath.PathLike) -> Record | None:
     """The record in WORKDIR/config.json, or None where there is no such file.
 
-    Raises ValueError where the file is not a run's.
+    Raises ValueError where the file is not a run's, or belongs to checkpoints and is missing.
     """
     path = epath.Path(workdir) / CONFIG_FILE
     if not path.exists():
+        if has_checkpoint(workdir):
+            raise ValueError(
+                f"{workdir} holds checkpoints, but the {CONFIG_FILE} of their run is gone"
+            )
         return None
+    values = _read_json(path)
+    if not {"format", "run", "tokenizer", "corpus"} <= values.keys():
+        raise ValueError(f"{path} does not describe a run of this library")
+    if values["format"] > FORMAT:
+        raise ValueError(
+            f"{path} has format {values['format']}, this version reads up to {FORMAT}; "
+            "install a newer jaxlib-methods"
+        )
+    try:
+        return Record(from_dict(values["run"]), values["tokenizer"], values["corpus"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} does not describe a run of this version: {error}") from error
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
-    return _from_json(values, path)
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} is not a JSON object")
+    return values
+
+
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+    """Whether a run has a whole checkpoint; one that is being written has another name."""
+    folder = epath.Path(workdir) / FOLDER
+    return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
 
 
 def read_config(workdir: epath.PathLike) -> RunConfig:
@@ -81,17 +113,6 @@ def _to_json(record: Record) -> dict[str, Any]:
         "tokenizer": record.tokenizer,
         "corpus": record.corpus,
     }
-
-
-def _from_json(values: Any, where: object) -> Record:
-    if not isinstance(values, dict) or "format" not in values or "run" not in values:
-        raise ValueError(f"{where} does not describe a run of this library")
-    if values["format"] > FORMAT:
-        raise ValueError(
-            f"{where} has format {values['format']}, this version reads up to {FORMAT}; "
-            "install a newer jaxlib-methods"
-        )
-    return Record(from_dict(values["run"]), values["tokenizer"], values["corpus"])
 
 
 def check_same_run(saved: Record, current: Record, *, where: object) -> None:
@@ -135,31 +156,28 @@ def check_same_architecture(
             )
 
 
-def restore_run(workdir: epath.PathLike, abstract: TrainState, current: Record) -> TrainState:
-    """The newest state of another run, to go on from in this one's workdir.
-
-    Raises FileNotFoundError where there is none, ValueError where it is another kind of run.
-    """
-    saved = read_record(workdir)
-    folder = epath.Path(workdir) / FOLDER
-    if saved is None or not folder.exists():
-        raise FileNotFoundError(f"checkpoint.restore_from={workdir} holds no run with a checkpoint")
-    check_same_run(saved, current, where=workdir)
-    with ocp.training.Checkpointer(folder) as checkpointer:
-        return _load_state(checkpointer, None, abstract)
+def restore_run(
+    workdir: epath.PathLike, abstract: TrainState, model: TransformerConfig
+) -> TrainState:
+    """The newest state of another run, to go on from in this one's workdir."""
+    with ocp.training.Checkpointer(epath.Path(workdir) / FOLDER) as checkpointer:
+        return _load_state(checkpointer, abstract, model)
 
 
 class Checkpoints:
     """The checkpoints of one run. A context manager; leaving it waits for a save under way."""
 
     def __init__(self, workdir: epath.PathLike, *, keep: int, record: Record) -> None:
+        self._folder = epath.Path(workdir) / FOLDER
         self._record = record
-        self._checkpointer = ocp.training.Checkpointer(
-            epath.Path(workdir) / FOLDER,
-            save_decision_policy=_EveryCall(),
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
-            cleanup_tmp_directories=True,
-        )
+        logging.getLogger("absl").addFilter(_not_a_traceback)  # Orbax logs them many times over
+        with self._one_error():
+            self._checkpointer = ocp.training.Checkpointer(
+                self._folder,
+                save_decision_policy=_EveryCall(),
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),  # pyright: ignore[reportArgumentType]
+                cleanup_tmp_directories=True,
+            )
 
     @property
     def latest_step(self) -> int | None:
@@ -168,34 +186,53 @@ class Checkpoints:
         return None if latest is None else int(latest.step)
 
     def save(self, state: TrainState) -> None:
-        """Saves in the background; waits for the save before it. Raises what that one raised."""
-        self._checkpointer.wait()
+        """Saves in the background; waits for the save before it. Raises OSError like `wait`."""
+        self.wait()
         step = int(state.step)
         if self.latest_step == step:
             return
-        self._checkpointer.save_checkpointables_async(
-            step,
-            {
-                "params": state.params,
-                "optimizer": {"state": state.opt_state, "step": state.step},
-            },
-            custom_metadata=_to_json(self._record),
-        )
+        params, added = _split(state.params, self._record.config.model)
+        optimizer = {"state": state.opt_state, "step": state.step, "method_params": added}
+        with self._one_error():
+            self._checkpointer.save_checkpointables_async(
+                step,
+                {"params": params, "optimizer": optimizer},
+                custom_metadata=_to_json(self._record),
+            )
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest state, placed as `abstract` says, whatever mesh it was saved from."""
-        step = self.latest_step
-        return _load_state(self._checkpointer, step, abstract)
+        return _load_state(self._checkpointer, abstract, self._record.config.model)
 
     def wait(self) -> None:
-        """Waits for the save under way. Raises what it raised."""
-        self._checkpointer.wait()
+        """Waits for the save under way. Raises OSError where it could not be written."""
+        with self._one_error():
+            self._checkpointer.wait()
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._checkpointer.close()
+        try:
+            with self._one_error():
+                self._checkpointer.close()
+        finally:
+            logging.getLogger("absl").removeFilter(_not_a_traceback)
+
+    @contextlib.contextmanager
+    def _one_error(self) -> Iterator[None]:
+        """What cannot be written is an OSError, whatever Orbax and tensorstore raise."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(
+                f"a checkpoint could not be written to {self._folder}: {error}; those that were "
+                "there before are kept, the same command goes on from the newest"
+            ) from error
+
+
+def _not_a_traceback(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and "orbax" in record.pathname)
 
 
 class _EveryCall:
@@ -206,18 +243,24 @@ class _EveryCall:
         return True
 
 
-def _load_state(
-    checkpointer: ocp.training.Checkpointer, step: int | None, abstract: TrainState
-) -> TrainState:
-    loaded = checkpointer.load_checkpointables(
-        step,
-        {
-            "params": abstract.params,
-            "optimizer": {"state": abstract.opt_state, "step": abstract.step},
-        },
+def _split(params: Any, model: TransformerConfig) -> tuple[Any, Any]:
+    """The parameters of the model itself, and those that the method adds."""
+    own = _boxed_params(model).keys()
+    return (
+        {name: leaves for name, leaves in params.items() if name in own},
+        {name: leaves for name, leaves in params.items() if name not in own},
     )
+
+
+def _load_state(
+    checkpointer: ocp.training.Checkpointer, abstract: TrainState, model: TransformerConfig
+) -> TrainState:
+    params, added = _split(abstract.params, model)
+    optimizer = {"state": abstract.opt_state, "step": abstract.step, "method_params": added}
+    loaded = checkpointer.load_checkpointables(None, {"params": params, "optimizer": optimizer})
     optimizer = loaded["optimizer"]
-    return TrainState(optimizer["step"], loaded["params"], optimizer["state"])
+    params = {**loaded["params"], **optimizer["method_params"]}
+    return TrainState(optimizer["step"], params, optimizer["state"])
 
 
 def load_pretrained(
@@ -237,11 +280,10 @@ def load_pretrained(
             f"{source} holds no model: there is no {CONFIG_FILE}; give a run's workdir or a "
             "Hugging Face folder"
         )
-    if (folder / FOLDER).exists():
-        return _load_run(folder, mesh, weights, dtype)
-    if "model_type" not in json.loads(path.read_text()):
-        raise FileNotFoundError(f"the run in {source} has no checkpoint yet; let it finish first")
-    return _load_huggingface(folder, mesh, weights, dtype)
+    values = _read_json(path)
+    if "model_type" in values:
+        return _load_huggingface(folder, values, mesh, weights, dtype)
+    return _load_run(folder, mesh, weights, dtype)
 
 
 def _load_run(
@@ -249,27 +291,28 @@ def _load_run(
 ) -> Pretrained:
     record = read_record(folder)
     assert record is not None
+    if not has_checkpoint(folder):
+        raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish first")
     if not weights:
         return Pretrained(record.config.model, None, record.tokenizer)
     assert mesh is not None
     with ocp.training.Checkpointer(folder / FOLDER) as checkpointer:
-        if checkpointer.latest is None:
-            raise FileNotFoundError(
-                f"the run in {folder} has no checkpoint yet; let it finish first"
-            )
-        config = record.config.model
-        abstract = _abstract_params(config, mesh)
+        abstract = _abstract_params(record.config.model, mesh)
         params = checkpointer.load_checkpointables(None, {"params": abstract})["params"]
-    return Pretrained(config, _cast(params, dtype), record.tokenizer)
+    return Pretrained(record.config.model, _cast(params, dtype), record.tokenizer)
 
 
 def _load_huggingface(
-    folder: epath.Path, mesh: Mesh | None, weights: bool, dtype: str | None
+    folder: epath.Path,
+    values: dict[str, Any],
+    mesh: Mesh | None,
+    weights: bool,
+    dtype: str | None,
 ) -> Pretrained:
-    values = json.loads((folder / CONFIG_FILE).read_text())
     config = huggingface_config.config_from_huggingface(values)
     has_tokenizer = (folder / "tokenizer.json").exists()
     tokenizer = load_tokenizer(str(folder), separator_id=0).fingerprint if has_tokenizer else None
+    huggingface.weight_files(Path(folder))
     if not weights:
         return Pretrained(config, None, tokenizer)
     assert mesh is not None
@@ -278,8 +321,12 @@ def _load_huggingface(
     return Pretrained(config, params, tokenizer)
 
 
+def _boxed_params(config: TransformerConfig) -> Any:
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
 def _abstract_params(config: TransformerConfig, mesh: Mesh) -> Any:
-    boxed = jax.eval_shape(lambda key: init_params(config, key), jax.random.key(0))
+    boxed = _boxed_params(config)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         partitioning.unbox(boxed),

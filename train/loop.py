@@ -1,8 +1,6 @@
 """A run from its configuration to its last checkpoint; see `run`."""
 
 import contextlib
-import dataclasses
-import functools
 import signal
 import sys
 import threading
@@ -16,17 +14,16 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from jaxlib_methods import registry
-from jaxlib_methods.method import Batch, Context, Method
+from jaxlib_methods.method import Batch, Method
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import checkpoint, data, distributed, metrics, report
 from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train import step as train_step
-from jaxlib_methods.train.checkpoint import Checkpoints, Record
-from jaxlib_methods.train.config import MeshConfig, RunConfig
+from jaxlib_methods.train.checkpoint import Checkpoints
+from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.optimizer import make_optimizer, make_schedule
+from jaxlib_methods.train.prepare import Prepared, mesh_of, plan, prepare
 from jaxlib_methods.train.state import TrainState
-from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
 
 
 def run(config: RunConfig) -> None:
@@ -35,139 +32,63 @@ def run(config: RunConfig) -> None:
     A value `preset:NAME` of the method (a teacher) is trained first, in WORKDIR/FIELD; with
     `compare` the plain baseline follows, in WORKDIR/baseline. All of them see the same data. A
     run that is finished is not trained again. Ends with a table and, with matplotlib, a picture.
+    Raises SystemExit(0) after saving where it was told to stop (SIGTERM).
     """
     started = time.perf_counter()
+    prepared = {name: prepare(part) for name, part in plan(config).items()}
+    distributed.initialize()
     runs = report.Runs()
-    config, before = resolve_prerequisites(config)
-    for name, earlier in before.items():
-        _say(f"training the {name} first: {earlier.preset}, in {earlier.workdir}")
-        runs[name] = train(earlier, started=started)
-    _say(f"training {config.preset or config.method} in {config.workdir}")
-    runs[config.method] = train(config, started=started)
-    if config.compare:
-        plain = baseline_of(config)
-        _say(f"training the baseline, in {plain.workdir}")
-        runs["baseline"] = train(plain, started=started)
+    with _stop_signal() as stop:
+        for name, part in prepared.items():
+            _say(f"training {part.config.preset or part.config.method} in {part.config.workdir}")
+            train(part, stop=stop, started=started)
+            if jax.process_index() == 0:
+                runs[name] = _summary(part)
     if jax.process_index() == 0:
         report.finish(runs, config.workdir)
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
-def resolve_prerequisites(config: RunConfig) -> tuple[RunConfig, dict[str, RunConfig]]:
-    """Replaces every `preset:NAME` of the method by the workdir of a run still to be trained.
-
-    Returns the new configuration, and field name -> configuration of that run, on the same data,
-    mesh and seed. Raises ValueError for an unknown preset.
-    """
-    from jaxlib_methods.train import presets  # presets are built from configurations
-
-    found: dict[str, RunConfig] = {}
-    fields: dict[str, str] = {}
-    for field in dataclasses.fields(config.method_config):
-        value = getattr(config.method_config, field.name)
-        if isinstance(value, str) and value.startswith("preset:"):
-            fields[field.name] = str(epath.Path(config.workdir) / field.name)
-            found[field.name] = dataclasses.replace(
-                presets.get(value.removeprefix("preset:")),
-                workdir=fields[field.name],
-                data=config.data,
-                mesh=config.mesh,
-                seed=config.seed,
-            )
-    method_config = dataclasses.replace(config.method_config, **fields)
-    return dataclasses.replace(config, method_config=method_config), found
-
-
-def baseline_of(config: RunConfig) -> RunConfig:
-    """Plain next-token prediction on the same model, data, seed and budget."""
-    return dataclasses.replace(
-        config,
-        method="next_token",
-        method_config=None,
-        compare=False,
-        workdir=str(epath.Path(config.workdir) / "baseline"),
-    )
-
-
-@functools.cache
-def mesh_of(config: MeshConfig) -> Mesh:
-    """The mesh over all devices of all processes; the first call touches the devices."""
-    return partitioning.make_mesh(**dataclasses.asdict(config))
-
-
-def train(config: RunConfig, *, started: float | None = None) -> report.Summary:
+def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
     """One run: restores or creates its state, trains to `train.num_steps`, saves.
 
-    started: `time.perf_counter()` at the program's start. Returns its summary, read back from
-    its metrics. Raises SystemExit(0) after saving where it was told to stop (SIGTERM).
+    stop: set by whoever wants the run to save and raise SystemExit(0). started:
+    `time.perf_counter()` at the program's start.
     """
-    started = time.perf_counter() if started is None else started
-    workdir = epath.Path(config.workdir)
-    tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
-    _check_vocabulary(config, tokenizer)
-    dataset = data.open_dataset(config.data, tokenizer, split="train")
-    validation = data.open_dataset(config.data, tokenizer, split="validation")
-    record = Record(config, tokenizer.fingerprint, dataset.fingerprint)
-    method = _build(config, tokenizer)
-    _claim_workdir(workdir, record)
-    distributed.initialize()
+    config, method = prepared.config, prepared.method
     mesh = mesh_of(config.mesh)
+    data.check_divisible(
+        config.data.batch_size,
+        config.data.sequence_length,
+        mesh=mesh,
+        spec=partitioning.batch_spec(),
+    )
+    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    abstract = train_state.abstract_state(method, optimizer, mesh)
+    if jax.process_index() == 0:
+        checkpoint.write_config(config.workdir, prepared.record)
+    keep = config.checkpoint.keep
     with (
         jax.set_mesh(mesh),
-        Checkpoints(workdir, keep=config.checkpoint.keep, record=record) as checkpoints,
+        Checkpoints(config.workdir, keep=keep, record=prepared.record) as checkpoints,
     ):
-        optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-        abstract = train_state.abstract_state(method, optimizer, mesh)
-        state = _first_state(config, method, optimizer, abstract, checkpoints, record)
-        if int(state.step) < config.train.num_steps:
-            _Loop(config, method, optimizer, abstract, mesh, checkpoints).run(
-                state, dataset, validation, started
-            )
+        if (checkpoints.latest_step or 0) < config.train.num_steps:
+            state = _first_state(config, method, optimizer, abstract, checkpoints)
+            _Loop(prepared, optimizer, abstract, mesh, checkpoints, stop).run(state, started)
+
+
+def _summary(prepared: Prepared) -> report.Summary:
+    params = jax.eval_shape(lambda: prepared.method.init_params(jax.random.key(0)))
     return report.summarise(
-        workdir,
-        num_params=train_state.num_params(abstract.params),
-        bytes_per_token=validation.bytes_per_token,
-        stop_step=method.until,
+        prepared.config.workdir,
+        num_params=train_state.num_params(params),
+        bytes_per_token=prepared.validation.bytes_per_token,
+        stop_step=prepared.method.until,
     )
-
-
-def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ValueError(
-            f"data.tokenizer={config.data.tokenizer} has ids up to {tokenizer.vocab_size - 1}, "
-            f"model.vocab_size={config.model.vocab_size} ends below; give at least "
-            f"--model.vocab_size={tokenizer.vocab_size}"
-        )
-
-
-def _build(config: RunConfig, tokenizer: Tokenizer) -> Method:
-    def load_pretrained(source: str, *, weights: bool = True, dtype: str | None = None) -> Any:
-        mesh = mesh_of(config.mesh) if weights else None
-        return checkpoint.load_pretrained(source, mesh=mesh, weights=weights, dtype=dtype)
-
-    context = Context(
-        model=config.model,
-        num_steps=config.train.num_steps,
-        sequence_length=config.data.sequence_length,
-        tokenizer=tokenizer.fingerprint,
-        load_pretrained=load_pretrained,
-    )
-    return registry.build(config.method, config.method_config, context)
-
-
-def _claim_workdir(workdir: epath.Path, record: Record) -> None:
-    """Makes the folder, or refuses one that cannot be written or belongs to another run."""
-    saved = checkpoint.read_record(workdir)
-    if saved is not None:
-        checkpoint.check_same_run(saved, record, where=workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_config(workdir, record)
-    except OSError as error:
-        raise ValueError(f"workdir {workdir} cannot be written: {error}") from error
 
 
 def _first_state(
@@ -176,24 +97,29 @@ def _first_state(
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
     checkpoints: Checkpoints,
-    record: Record,
 ) -> TrainState:
     """Own run > given run > given weights > new."""
     given, weights = config.checkpoint.restore_from, config.checkpoint.init_from
+    key = jax.random.key(config.seed)
     if checkpoints.latest_step is not None:
         _say(f"continuing from step {checkpoints.latest_step}")
         return checkpoints.restore(abstract)
     if given is not None:
-        _say(f"continuing {given}")
-        return checkpoint.restore_run(given, abstract, record)
+        state = checkpoint.restore_run(given, abstract, config.model)
+        _say(f"continuing {given} from step {int(state.step)}")
+        if int(state.step) >= config.train.num_steps:
+            raise ValueError(
+                f"checkpoint.restore_from={given} is at step {int(state.step)}, "
+                f"train.num_steps={config.train.num_steps} leaves nothing to train; raise it"
+            )
+        return state
     if weights is not None:
         _say(f"starting from the weights in {weights}")
         found = checkpoint.load_pretrained(
             weights, mesh=mesh_of(config.mesh), dtype=config.model.param_dtype
         )
-        checkpoint.check_same_architecture(found.config, config.model, where=weights)
-        return train_state.with_params(optimizer, abstract, found.params)
-    return train_state.create_state(method, optimizer, abstract, jax.random.key(config.seed))
+        return train_state.with_params(method, optimizer, abstract, found.params, key)
+    return train_state.create_state(method, optimizer, abstract, key)
 
 
 class _Loop:
@@ -201,37 +127,36 @@ class _Loop:
 
     def __init__(
         self,
-        config: RunConfig,
-        method: Method,
+        prepared: Prepared,
         optimizer: optax.GradientTransformation,
         abstract: TrainState,
         mesh: Mesh,
         checkpoints: Checkpoints,
+        stop: threading.Event,
     ) -> None:
-        self._config, self._method, self._mesh = config, method, mesh
-        self._optimizer, self._abstract = optimizer, abstract
+        config = prepared.config
+        self._prepared, self._config, self._method = prepared, config, prepared.method
+        self._optimizer, self._abstract, self._mesh = optimizer, abstract, mesh
+        self._checkpoints, self._stop = checkpoints, stop
         self._schedule = make_schedule(config.optimizer, config.train.num_steps)
-        self._checkpoints = checkpoints
         self._key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self._pending = metrics.Accumulator()
         self._throughput = metrics.Throughput(
             tokens_per_step=config.data.batch_size * config.data.sequence_length,
-            flops_per_token=method.flops_per_token,
+            flops_per_token=self._method.flops_per_token,
             device_kinds=[device.device_kind for device in mesh.devices.flat],
         )
 
-    def run(
-        self,
-        state: TrainState,
-        dataset: data.TextDataset,
-        validation: data.TextDataset,
-        started: float,
-    ) -> None:
+    def run(self, state: TrainState, started: float) -> None:
+        """Trains from `state` on. Raises SystemExit(0) where it was told to stop."""
         config, step = self._config, int(state.step)
         placed = {"mesh": self._mesh, "spec": partitioning.batch_spec()}
         size = config.data.batch_size
         self._held_out = data.validation_batches(
-            validation, batch_size=size, max_batches=config.train.eval_batches, **placed
+            self._prepared.validation,
+            batch_size=size,
+            max_batches=config.train.eval_batches,
+            **placed,
         )
         with (
             metrics.MetricsWriter(
@@ -242,19 +167,19 @@ class _Loop:
             ) as self._writer,
             contextlib.closing(
                 data.device_batches(
-                    dataset,
+                    self._prepared.dataset,
                     batch_size=size,
                     start_step=step,
                     num_threads=config.data.num_threads,
                     **placed,
                 )
             ) as batches,
-            _stop_signal() as stop,
         ):
             self._started, self._first_step = started, step
-            self._begun = time.perf_counter() - report.seconds_so_far(config.workdir)
+            before = report.seconds_so_far(config.workdir) if jax.process_index() == 0 else 0.0
+            self._begun = time.perf_counter() - before
             self._enter_phase(step)
-            self._steps(state, batches, stop)
+            self._steps(state, batches)
 
     def _enter_phase(self, step: int) -> None:
         """Builds the programs of the method that step `step` belongs to, and frees the last's."""
@@ -274,7 +199,7 @@ class _Loop:
         self._throughput.flops_per_token = self._method.flops_per_token
         self._throughput.pause()
 
-    def _steps(self, state: TrainState, batches: Iterator[Batch], stop: threading.Event) -> None:
+    def _steps(self, state: TrainState, batches: Iterator[Batch]) -> None:
         train, every = self._config.train, self._config.checkpoint.every
         for step in range(self._first_step, train.num_steps):
             if step == self._method.until:
@@ -290,7 +215,7 @@ class _Loop:
                 self._throughput.step_done()
                 self._log(done - 1)
             last = done == train.num_steps
-            stopping = _agreed_to_stop(stop, done)
+            stopping = _agreed_to_stop(self._stop, done)
             if last or done % train.eval_every == 0:
                 self._drain(done)
                 self._evaluate(state, done)
@@ -299,7 +224,7 @@ class _Loop:
                 self._writer.flush()
                 self._checkpoints.save(state)
                 self._throughput.pause()
-            if stopping and not last:
+            if stopping:
                 self._checkpoints.wait()
                 _say(f"stopped by a signal at step {done}, saved; the same command goes on")
                 raise SystemExit(0)
@@ -336,11 +261,11 @@ class _Loop:
 
     def _profile(self, step: int, state: TrainState) -> None:
         train = self._config.train
-        if not train.profile_steps:
-            return
-        if step == max(train.profile_start, self._first_step):
+        first = max(train.profile_start, self._first_step)
+        end = min(train.profile_start + train.profile_steps, train.num_steps)
+        if step == first < end:
             jax.profiler.start_trace(str(epath.Path(self._config.workdir) / "profile"))
-        elif step == min(train.profile_start + train.profile_steps, train.num_steps):
+        elif step == end > first:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
 

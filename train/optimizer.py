@@ -73,16 +73,19 @@ def make_optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransf
     """
     schedule = make_schedule(cfg, num_steps)
     if cfg.name == "muon":
-        inner = optax.contrib.muon(
-            schedule,
-            beta=MUON_BETA,
-            weight_decay=cfg.weight_decay,
-            weight_decay_mask=decay_mask,
-            adam_b1=cfg.beta1,
-            adam_b2=cfg.beta2,
-            adam_weight_decay=cfg.weight_decay,
-            muon_weight_dimension_numbers=muon_dimensions,
-            consistent_rms=0.2,
+        # optax masks muon's own weight decay for the matrices only: decay behind it instead.
+        inner = optax.chain(
+            optax.contrib.muon(
+                1.0,
+                beta=MUON_BETA,
+                eps=cfg.epsilon,
+                adam_b1=cfg.beta1,
+                adam_b2=cfg.beta2,
+                muon_weight_dimension_numbers=muon_dimensions,
+                consistent_rms=0.2,
+            ),
+            optax.add_decayed_weights(-cfg.weight_decay, decay_mask),
+            optax.scale_by_schedule(schedule),
         )
     else:
         inner = optax.adamw(

@@ -73,13 +73,26 @@ def create_state(
 
 
 def with_params(
-    optimizer: optax.GradientTransformation, abstract: TrainState, params: Any
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    params: Any,
+    key: jax.Array,
 ) -> TrainState:
-    """A new state around given parameters: step 0 and a fresh optimiser."""
-    opt_shardings = shardings_of(abstract.opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_shardings)(params)
-    step = jax.device_put(jnp.zeros((), jnp.int32), abstract.step.sharding)
-    return TrainState(step, params, opt_state)
+    """A new state around given parameters of the model: step 0 and a fresh optimiser.
+
+    What the method adds to the model's parameters is created as in `create_state`.
+    """
+    places = shardings_of(abstract)
+
+    def create(key: jax.Array) -> Any:
+        new = partitioning.unbox(method.init_params(key))
+        return {name: leaves for name, leaves in new.items() if name not in params}
+
+    added = {name: place for name, place in places.params.items() if name not in params}
+    params = {**params, **jax.jit(create, out_shardings=added)(key)}
+    opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), places.step), params, opt_state)
 
 
 def shardings_of(abstract: Any) -> Any:

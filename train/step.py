@@ -39,8 +39,9 @@ def loss_and_gradients(
 ) -> tuple[Any, Metrics]:
     """Gradients of the scalar over the whole batch, and its metrics.
 
-    A micro-batch's gradient is weighted by its number of tokens, `metrics["loss"][1]`, and the sum
-    divided once, so that micro-batches of unequal padding give the gradient of the whole batch.
+    A micro-batch's gradient is weighted by its number of tokens, `metrics["loss"][1]`, summed in
+    float32 or better and divided once, so that micro-batches of unequal padding give the gradient
+    of the whole batch.
     """
 
     def one(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
@@ -50,21 +51,24 @@ def loss_and_gradients(
     if num_microbatches == 1:
         return one(params, batch, key)
 
-    def add(carry: Any, xs: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        grads, metrics = one(params, *xs)
-        tokens = metrics["loss"][1]
-        weighted = jax.tree.map(lambda g: g * tokens.astype(g.dtype), grads)
-        return jax.tree.map(jnp.add, carry, (weighted, metrics)), None
+    def weighted(batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
+        grads, metrics = one(params, batch, key)
+        return jax.tree.map(lambda g: _wide(g) * metrics["loss"][1], grads), metrics
+
+    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, weighted(*part)), None
 
     parts = split_microbatches(batch, num_microbatches)
     keys = jax.random.split(key, num_microbatches)
-    first = jax.tree.map(lambda x: x[0], (parts, keys))
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda xs: one(params, *xs), first)
-    )
+    shapes = jax.eval_shape(weighted, *jax.tree.map(lambda x: x[0], (parts, keys)))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, metrics), _ = jax.lax.scan(add, zeros, (parts, keys))
     tokens = jnp.maximum(metrics["loss"][1], 1)
-    return jax.tree.map(lambda g: g / tokens.astype(g.dtype), grads), metrics
+    return jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), grads, params), metrics
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def make_train_step(

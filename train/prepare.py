@@ -1,0 +1,170 @@
+"""From a configuration to the runs that it stands for, checked before a device is touched."""
+
+import dataclasses
+import functools
+import os
+from typing import Any, NamedTuple
+
+from etils import epath
+from jax.sharding import Mesh
+
+from jaxlib_methods import registry
+from jaxlib_methods.method import Context, Method, Pretrained
+from jaxlib_methods.models import partitioning
+from jaxlib_methods.train import checkpoint, data
+from jaxlib_methods.train.checkpoint import Record
+from jaxlib_methods.train.config import DataConfig, MeshConfig, RunConfig
+from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
+
+
+def plan(config: RunConfig) -> dict[str, RunConfig]:
+    """The runs that `run` trains, in order: field name, method or `baseline` -> configuration."""
+    runs = {**prerequisites(config), config.method: config}
+    return {**runs, "baseline": baseline_of(config)} if config.compare else runs
+
+
+def prerequisites(config: RunConfig) -> dict[str, RunConfig]:
+    """Field name -> configuration of the run that a value `preset:NAME` of the method stands for.
+
+    It reads the same text in the same tokens, on the same mesh and seed.
+    Raises ValueError for an unknown preset.
+    """
+    from jaxlib_methods.train import presets  # presets are built from configurations
+
+    found: dict[str, RunConfig] = {}
+    for field in dataclasses.fields(config.method_config):
+        value = getattr(config.method_config, field.name)
+        if isinstance(value, str) and value.startswith("preset:"):
+            base = presets.get(value.removeprefix("preset:"))
+            length = max(base.model.max_length, config.data.sequence_length)
+            model = dataclasses.replace(
+                base.model, vocab_size=config.model.vocab_size, max_length=length
+            )
+            found[field.name] = dataclasses.replace(
+                base,
+                workdir=str(epath.Path(config.workdir) / field.name),
+                model=model,
+                data=config.data,
+                mesh=config.mesh,
+                seed=config.seed,
+            )
+    return found
+
+
+def baseline_of(config: RunConfig) -> RunConfig:
+    """Plain next-token prediction on the same model, data, seed and budget."""
+    return dataclasses.replace(
+        config,
+        method="next_token",
+        method_config=None,
+        compare=False,
+        workdir=str(epath.Path(config.workdir) / "baseline"),
+    )
+
+
+class Prepared(NamedTuple):
+    """A run of which everything is known that can be known before a device is touched."""
+
+    config: RunConfig
+    record: Record
+    method: Method
+    dataset: data.TextDataset
+    validation: data.TextDataset
+
+
+def prepare(config: RunConfig) -> Prepared:
+    """Reads and checks what a run needs; touches no device and changes no file.
+
+    Raises ValueError or OSError for what would not work.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
+    _check_vocabulary(config, tokenizer)
+    method = _build(config, tokenizer)
+    _check_given_weights(config, tokenizer)
+    _make_folder(config.workdir)
+    dataset, validation = _open_datasets(config.data)
+    record = Record(config, tokenizer.fingerprint, dataset.fingerprint)
+    _check_records(config, record)
+    return Prepared(config, record, method, dataset, validation)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_datasets(config: DataConfig) -> tuple[data.TextDataset, data.TextDataset]:
+    tokenizer = load_tokenizer(config.tokenizer, separator_id=config.separator_id)
+    return (
+        data.open_dataset(config, tokenizer, split="train"),
+        data.open_dataset(config, tokenizer, split="validation"),
+    )
+
+
+def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer} has ids up to {tokenizer.vocab_size - 1}, "
+            f"model.vocab_size={config.model.vocab_size} ends below; give at least "
+            f"--model.vocab_size={tokenizer.vocab_size}"
+        )
+
+
+def _build(config: RunConfig, tokenizer: Tokenizer) -> Method:
+    """The method, its `preset:NAME` values replaced by the runs that they stand for."""
+    planned = {run.workdir: run for run in prerequisites(config).values()}
+    folders = {name: run.workdir for name, run in prerequisites(config).items()}
+
+    def load_pretrained(source: str, *, weights: bool = True, dtype: str | None = None) -> Any:
+        if not weights and source in planned:
+            return Pretrained(planned[source].model, None, tokenizer.fingerprint)
+        mesh = mesh_of(config.mesh) if weights else None
+        return checkpoint.load_pretrained(source, mesh=mesh, weights=weights, dtype=dtype)
+
+    context = Context(
+        model=config.model,
+        num_steps=config.train.num_steps,
+        sequence_length=config.data.sequence_length,
+        tokenizer=tokenizer.fingerprint,
+        load_pretrained=load_pretrained,
+    )
+    method_config = dataclasses.replace(config.method_config, **folders)
+    return registry.build(config.method, method_config, context)
+
+
+def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
+    weights = config.checkpoint.init_from
+    if weights is not None:
+        found = checkpoint.load_pretrained(weights, weights=False)
+        checkpoint.check_same_architecture(found.config, config.model, where=weights)
+        if found.tokenizer not in (None, tokenizer.fingerprint):
+            raise ValueError(
+                f"the model in {weights} was trained with tokenizer {found.tokenizer}, this run "
+                f"has {tokenizer.fingerprint}; set data.tokenizer to the model's"
+            )
+
+
+def _make_folder(workdir: str) -> None:
+    folder = epath.Path(workdir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"workdir {workdir} cannot be made: {error}") from error
+    if "://" not in workdir and not os.access(folder, os.W_OK):
+        raise ValueError(f"workdir {workdir} cannot be written to; give another --workdir")
+
+
+def _check_records(config: RunConfig, record: Record) -> None:
+    saved = checkpoint.read_record(config.workdir)
+    if saved is not None:
+        checkpoint.check_same_run(saved, record, where=config.workdir)
+    given = config.checkpoint.restore_from
+    if given is not None:
+        other = checkpoint.read_record(given)
+        if other is None or not checkpoint.has_checkpoint(given):
+            raise FileNotFoundError(
+                f"checkpoint.restore_from={given} holds no run with a checkpoint"
+            )
+        checkpoint.check_same_run(other, record, where=given)
+
+
+@functools.cache
+def mesh_of(config: MeshConfig) -> Mesh:
+    """The mesh over all devices of all processes; the first call touches the devices."""
+    return partitioning.make_mesh(**dataclasses.asdict(config))
