@@ -36,7 +36,8 @@ def token_nll(logits: jax.Array, labels: jax.Array, *, where: jax.Array | None =
     """
     logits = _wide(_keep(logits, where))
     # Compare and sum instead of a gather: a gather along a sharded vocabulary moves all of it.
-    picked = jnp.arange(logits.shape[-1]) == labels[..., None]
+    vocabulary = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(labels.ndim))
+    picked = vocabulary == labels[..., None]
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(picked, logits, 0.0).sum(axis=-1)
     return nll if where is None else jnp.where(where, nll, 0.0)
 

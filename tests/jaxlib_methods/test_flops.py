@@ -1,7 +1,6 @@
 """Counted and analytic FLOPs."""
 
 import dataclasses
-import functools
 
 import flax.linen as nn
 import jax
@@ -9,9 +8,10 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from jaxlib_methods import flops
+from jaxlib_methods import flops, late_to_early, next_token
+from jaxlib_methods.method import Batch
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.transformer import Transformer, init_params
+from jaxlib_methods.models.transformer import init_params
 
 X = jax.ShapeDtypeStruct((3, 5), jnp.float32)
 W = jax.ShapeDtypeStruct((5, 7), jnp.float32)
@@ -160,19 +160,49 @@ VARIANTS = {
 }
 
 
+LENGTH = 16
+TOKENS = 3 * LENGTH
+
+
+def abstract_params(cfg):
+    return jax.eval_shape(lambda key: nn.unbox(init_params(cfg, key)), jax.random.key(0))
+
+
+def counted(loss, params, extra, *, with_gradient):
+    def call(params, extra, batch):
+        return loss(params, extra, batch, step=jnp.int32(0), key=jax.random.key(0))
+
+    tokens = jnp.ones((3, LENGTH), jnp.int32)
+    batch = Batch(tokens, tokens, tokens, tokens, where=tokens > 0)
+    fn = jax.value_and_grad(call, has_aux=True) if with_gradient else call
+    return flops.count_dot_flops(fn, params, extra, batch)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
-def test_training_step_has_the_analytic_flops(name):
+def test_next_token_step_has_the_analytic_flops(name):
     cfg = VARIANTS[name]
-    trunk = Transformer(cfg)
-    inputs = jax.ShapeDtypeStruct((3, 16), jnp.int32)
-    params = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+    loss, params = next_token.make_loss(cfg), abstract_params(cfg)
+    forward = counted(loss, params, (), with_gradient=False)
+    train = counted(loss, params, (), with_gradient=True)
+    assert forward == TOKENS * flops.transformer_forward_flops(cfg, LENGTH)
+    assert train == TOKENS * flops.transformer_train_flops(cfg, LENGTH)
 
-    def loss(params, inputs):
-        logits = trunk.apply({"params": nn.unbox(params)}, inputs)[0]
-        return jax.nn.logsumexp(logits, axis=-1).mean()
 
-    forward = flops.count_dot_flops(loss, params, inputs)
-    train = flops.count_dot_flops(jax.value_and_grad(loss), params, inputs)
-    tokens = 3 * 16
-    assert forward == tokens * flops.transformer_forward_flops(cfg, 16)
-    assert train == tokens * flops.transformer_train_flops(cfg, 16)
+@pytest.mark.parametrize("resize", ["teacher_to_student", "student_to_teacher"])
+@pytest.mark.parametrize("objective", ["alignment", "salt"])
+def test_late_to_early_step_has_the_analytic_flops(objective, resize):
+    teacher = dataclasses.replace(TINY, num_layers=1, embed_dim=16, num_kv_heads=4, mlp="gelu")
+    cfg = late_to_early.LateToEarlyConfig(teacher="t", objective=objective, resize=resize)
+    loss = late_to_early.make_loss(cfg, TINY, teacher, stop=10)
+    extra = {"teacher": abstract_params(teacher)}
+    train = counted(loss, abstract_params(TINY), extra, with_gradient=True)
+    assert train == TOKENS * flops.late_to_early_flops(TINY, teacher, LENGTH)
+
+
+def test_remat_is_executed_but_not_model_flops():
+    # Full remat runs the blocks forward once more, but for the last matmul, which nothing needs.
+    cfg = dataclasses.replace(TINY, remat="full")
+    train = counted(next_token.make_loss(cfg), abstract_params(cfg), (), with_gradient=True)
+    blocks = TOKENS * flops.transformer_forward_flops(cfg, LENGTH, head=False)
+    down = TOKENS * cfg.num_layers * 2 * cfg.embed_dim * cfg.mlp_size
+    assert train == TOKENS * flops.transformer_train_flops(cfg, LENGTH) + blocks - down
