@@ -17,8 +17,11 @@ Python = Callable[..., subprocess.CompletedProcess[str]]
 ORDER = ("pallas_kernels", "models", "jaxlib_methods", "train", "infer")
 LINKED = tuple(folder for folder in ORDER if folder != "jaxlib_methods")
 
-# What infer reads of the trainer: a run's configuration, its tokenizer, its checkpoints.
-READ_BY_INFER = {f"jaxlib_methods.train.{name}" for name in ("config", "checkpoint", "data")}
+# What infer reads of the trainer: a run's configuration, flags, text and checkpoints, never its loop.
+READ_BY_INFER = {
+    f"jaxlib_methods.train.{name}"
+    for name in ("config", "flags", "tokenizer", "data", "checkpoint")
+}
 
 EXTRAS = (
     "safetensors",
