@@ -17,7 +17,7 @@ Python = Callable[..., subprocess.CompletedProcess[str]]
 ORDER = ("pallas_kernels", "models", "jaxlib_methods", "train", "infer")
 LINKED = tuple(folder for folder in ORDER if folder != "jaxlib_methods")
 
-# What infer reads of the trainer: a run's configuration, flags, text and checkpoints, never its loop.
+# What infer reads of the trainer: what a run was and what it left, never its loop.
 READ_BY_INFER = {
     f"jaxlib_methods.train.{name}"
     for name in ("config", "flags", "tokenizer", "data", "checkpoint")
