@@ -19,7 +19,8 @@ from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.models.transformer import KVCache, Outputs
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
 
-Apply = Callable[..., Any]  # `Transformer(cfg).apply`, giving `Outputs`
+# `apply(params, inputs, *, positions, segments, cache)`: `functools.partial(forward, cfg)`.
+Apply = Callable[..., Outputs]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,9 +171,7 @@ def prefill(
     if P > 1:
         indices = jnp.arange(P - 1)[None] - (P - lengths)[:, None]
         positions, segments = jnp.maximum(indices, 0), (indices >= 0).astype(jnp.int32)
-        out: Outputs = apply(
-            {"params": params}, tokens[:, :-1], positions=positions, segments=segments, cache=cache
-        )
+        out = apply(params, tokens[:, :-1], positions=positions, segments=segments, cache=cache)
         assert out.cache is not None
         cache = out.cache
     zeros = jnp.zeros((B,), jnp.int32)
@@ -189,8 +188,8 @@ def prefill(
 
 def next_logits(apply: Apply, params: Any, state: DecodeState) -> tuple[jax.Array, KVCache]:
     """Logits `[B, V]` of the token after `state.last`, and the cache with `state.last` in it."""
-    out: Outputs = apply(
-        {"params": params},
+    out = apply(
+        params,
         state.last[:, None],
         positions=state.positions[:, None],
         segments=jnp.ones_like(state.last)[:, None],

@@ -1,0 +1,178 @@
+"""What `python -m jaxlib_methods.infer` is asked to do, and the flags made from it."""
+
+import dataclasses
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal, get_origin, get_type_hints
+
+from absl import flags
+from etils import epath
+
+from jaxlib_methods.models.decoding import SamplingConfig
+from jaxlib_methods.train.config import DataConfig, MeshConfig
+from jaxlib_methods.train.flags import describe, format_value, parse_value
+
+# The tokenizer belongs to the model: other ids would mean nothing to it.
+FIXED_DATA = ("tokenizer", "separator_id")
+
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InferConfig:
+    """One call of inference.
+
+    workdir: a run's workdir, or a Hugging Face folder.
+    mode: generate text, or evaluate the validation loss.
+    step: which checkpoint of the run; none is the newest.
+    prompt: text to continue; may be given several times.
+    prompt_file: a .jsonl file with a prompt in each line (a string, or an object with "prompt"),
+        or a text file that is one prompt as a whole.
+    num_samples: continuations of each prompt.
+    max_new_tokens: longest continuation.
+    temperature: divides the logits; 0 always takes the likeliest token.
+    top_k: draw among the k likeliest tokens; 0 among all.
+    top_p: draw among the fewest likeliest tokens whose probability reaches p.
+    min_p: draw among tokens at least this many times as probable as the likeliest.
+    stop: text that ends a continuation and is left out; may be given several times; \\n is a
+        line break, \\t a tab, \\\\ a backslash.
+    seed: of the draws.
+    stream: show text while it is drawn; none does so for one continuation on a terminal.
+    output: a file to write, JSONL of continuations or JSON of the evaluation.
+    eval_batches: batches of the validation set, evenly spread; none takes all of it.
+    mesh: sizes of the mesh axes.
+    data: fields of `DataConfig` that replace the run's own, for an evaluation on other text.
+    """
+
+    workdir: str = ""
+    mode: Literal["generate", "evaluate"] = "generate"
+    step: int | None = None
+    prompt: tuple[str, ...] = ()
+    prompt_file: str | None = None
+    num_samples: int = 1
+    max_new_tokens: int = 128
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    stream: bool | None = None
+    output: str | None = None
+    eval_batches: int | None = None
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.workdir:
+            raise ValueError("nothing to restore: give --workdir, a run or a Hugging Face folder")
+        for name in ("num_samples", "max_new_tokens", "eval_batches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1")
+        if "" in self.stop:
+            raise ValueError("an empty --stop would end every continuation before it begins")
+        given = bool(self.prompt) or self.prompt_file is not None
+        if self.mode == "generate" and not given:
+            raise ValueError(
+                "nothing to continue: give --prompt (it may be empty) or --prompt_file"
+            )
+        if self.mode == "evaluate" and given:
+            raise ValueError("--prompt and --prompt_file are for --mode=generate")
+        if self.mode == "generate" and (self.data or self.eval_batches):
+            raise ValueError("--data.* and --eval_batches are for --mode=evaluate")
+        _ = self.sampling  # validates itself
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How tokens are drawn."""
+        return SamplingConfig(
+            temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p
+        )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` with its escapes resolved."""
+        return tuple(re.sub(r"\\[ntr\\]", lambda m: _ESCAPES[m[0]], text) for text in self.stop)
+
+    def prompts(self) -> list[str]:
+        """The prompts of the flags, then those of the file. Raises ValueError for a bad file."""
+        return [*self.prompt, *(_read_prompts(self.prompt_file) if self.prompt_file else [])]
+
+
+def _read_prompts(path: str) -> list[str]:
+    text = epath.Path(path).expanduser().read_text()
+    if not path.endswith(".jsonl"):
+        return [text]
+    prompts = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        prompt = value.get("prompt") if isinstance(value, dict) else value
+        if not isinstance(prompt, str):
+            raise ValueError(f'{path}, line {number} is neither a string nor has it a "prompt"')
+        prompts.append(prompt)
+    return prompts
+
+
+def define(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of `InferConfig`, of the mesh and of the data in `values`."""
+    texts = _help_texts(InferConfig)
+    for section, field, hint in _fields():
+        name = f"{section}.{field.name}" if section else field.name
+        default = "the run's" if section == "data" else format_value(field.default)
+        text = f"{'' if section else texts[field.name]} (default: {default})".strip()
+        flag: flags.Flag[Any]
+        if hint in (bool, bool | None):
+            flag = flags.BooleanFlag(name, None, text)
+        elif not section and get_origin(hint) is tuple:
+            parser, serializer = flags.ArgumentParser[str](), flags.ArgumentSerializer[str]()
+            flag = flags.MultiFlag(parser, serializer, name, None, text)
+        else:
+            flag = flags.Flag(_Parser(hint), None, name, None, text)
+        flags.DEFINE_flag(flag, values, module_name=sys.argv[0])
+
+
+def from_flags(values: flags.FlagValues = flags.FLAGS) -> InferConfig:
+    """What the parsed flags ask for. Raises ValueError for an impossible combination."""
+    given: dict[str, dict[str, Any]] = {"": {}, "mesh": {}, "data": {}}
+    for section, field, hint in _fields():
+        flag = values[f"{section}.{field.name}" if section else field.name]
+        if not flag.using_default_value:
+            value: Any = flag.value
+            value = tuple(value) if get_origin(hint) is tuple else value
+            given[section][field.name] = value
+    return InferConfig(**given[""], mesh=MeshConfig(**given["mesh"]), data=given["data"])
+
+
+class _Parser(flags.ArgumentParser):
+    def __init__(self, hint: Any) -> None:
+        super().__init__()
+        self.hint = hint
+        self.syntactic_help = describe(hint)
+
+    def parse(self, argument: Any) -> Any:
+        return parse_value(self.hint, str(argument))
+
+    def flag_type(self) -> str:
+        return self.syntactic_help
+
+
+def _fields() -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(section, field, type) of every flag."""
+    for section, cls in (("", InferConfig), ("mesh", MeshConfig), ("data", DataConfig)):
+        hints = get_type_hints(cls)
+        for field in dataclasses.fields(cls):
+            nested = not section and field.name in ("mesh", "data")
+            if not nested and not (section == "data" and field.name in FIXED_DATA):
+                yield section, field, hints[field.name]
+
+
+def _help_texts(cls: type) -> dict[str, str]:
+    lines = re.findall(r"^(\w+): (.+(?:\n +.+)*)", inspect.cleandoc(cls.__doc__ or ""), re.M)
+    return {name: " ".join(text.split()) for name, text in lines}

@@ -1,0 +1,94 @@
+"""A finished model, with its tokenizer, from a run's workdir or a Hugging Face folder."""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from jaxlib_methods.models import partitioning
+from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.transformer import init_params
+from jaxlib_methods.train import checkpoint
+from jaxlib_methods.train.config import RunConfig
+from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
+
+
+class Restored(NamedTuple):
+    """What inference needs.
+
+    config, step: of the run and its checkpoint; None for a Hugging Face folder.
+    params: sharded over `mesh`. first_token: stands in front of every text the model has seen.
+    stop_tokens: end a text.
+    """
+
+    config: RunConfig | None
+    model: TransformerConfig
+    params: Any
+    tokenizer: Tokenizer
+    step: int | None
+    mesh: Mesh
+    first_token: int
+    stop_tokens: tuple[int, ...]
+
+
+def restore(workdir: str, *, mesh: Mesh, step: int | None = None) -> Restored:
+    """Reads the configuration, the tokenizer and the parameters, not the optimiser.
+
+    step: which checkpoint of a run; None takes the newest. The mesh need not be the run's.
+    Raises FileNotFoundError or ValueError where there is no such model.
+    """
+    folder = epath.Path(workdir).expanduser()
+    if (folder / checkpoint.FOLDER).exists():
+        return _restore_run(folder, mesh, step)
+    if step is not None:
+        raise ValueError(f"--step={step} is for a run; {workdir} holds no checkpoints")
+    return _restore_huggingface(folder, mesh)
+
+
+def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None) -> Restored:
+    record = checkpoint.read_record(folder)
+    if record is None:
+        raise FileNotFoundError(f"{folder} holds no run: it has no {checkpoint.CONFIG_FILE}")
+    config = record.config
+    tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
+    if tokenizer.fingerprint != record.tokenizer:
+        raise ValueError(
+            f"data.tokenizer={config.data.tokenizer} has changed since the run in {folder} was "
+            "trained; its ids mean something else now"
+        )
+    with ocp.training.Checkpointer(folder / checkpoint.FOLDER) as checkpointer:
+        steps = sorted(int(found.step) for found in checkpointer.checkpoints)
+        if not steps:
+            raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish one")
+        if step is not None and step not in steps:
+            known = ", ".join(map(str, steps))
+            raise ValueError(f"{folder} has no checkpoint of step {step}; there are {known}")
+        chosen = steps[-1] if step is None else step
+        abstract = {"params": _abstract_params(config.model, mesh)}
+        params = checkpointer.load_checkpointables(chosen, abstract)["params"]
+    first = tokenizer.separator
+    return Restored(config, config.model, params, tokenizer, chosen, mesh, first, (first,))
+
+
+def _restore_huggingface(folder: epath.Path, mesh: Mesh) -> Restored:
+    found = checkpoint.load_pretrained(str(folder), mesh=mesh)
+    values = json.loads((folder / checkpoint.CONFIG_FILE).read_text())
+    ends = values.get("eos_token_id")
+    ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
+    tokenizer = load_tokenizer(str(folder), separator_id=ends[0] if ends else None)
+    first = values.get("bos_token_id")
+    first = tokenizer.separator if first is None else int(first)
+    stop_tokens = ends or (tokenizer.separator,)
+    return Restored(None, found.config, found.params, tokenizer, None, mesh, first, stop_tokens)
+
+
+def _abstract_params(model: TransformerConfig, mesh: Mesh) -> Any:
+    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        partitioning.unbox(boxed),
+        partitioning.param_shardings(boxed, mesh),
+    )

@@ -1,0 +1,91 @@
+"""Flags of inference: what they give, and what they refuse in one line."""
+
+import pytest
+from absl import flags as absl_flags
+
+from jaxlib_methods.infer import config
+from jaxlib_methods.models.decoding import SamplingConfig
+from jaxlib_methods.train import flags
+from jaxlib_methods.train.config import MeshConfig
+
+
+def parsed(*arguments: str) -> config.InferConfig:
+    values = absl_flags.FlagValues()
+    config.define(values)
+    flags.parse(["infer", *arguments], values)
+    return config.from_flags(values)
+
+
+def test_flags_become_the_configuration():
+    got = parsed(
+        "--workdir=runs/a",
+        "--prompt=def ",
+        "--prompt=",
+        r"--stop=\n\n",
+        r"--stop=a\\n,b",
+        "--step=200",
+        "--temperature=0.5",
+        "--top_k=7",
+        "--nostream",
+        "--mesh.tensor=2",
+    )
+    assert got == config.InferConfig(
+        workdir="runs/a",
+        prompt=("def ", ""),
+        stop=(r"\n\n", r"a\\n,b"),
+        step=200,
+        temperature=0.5,
+        top_k=7,
+        stream=False,
+        mesh=MeshConfig(tensor=2),
+    )
+    assert got.stop_strings == ("\n\n", "a\\n,b")
+    assert got.sampling == SamplingConfig(temperature=0.5, top_k=7)
+
+
+def test_data_flags_are_overrides():
+    got = parsed("--workdir=a", "--mode=evaluate", "--data.source=x.txt", "--data.batch_size=2")
+    assert got.data == {"source": "x.txt", "batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing to restore: give --workdir"),
+        (["--workdir=a"], "nothing to continue: give --prompt"),
+        (["--workdir=a", "--prompt=x", "--top_p=2"], "top_p 2.0 must be above 0 and at most 1"),
+        (["--workdir=a", "--prompt=x", "--max_new_tokens=0"], "max_new_tokens=0 must be at least"),
+        (["--workdir=a", "--prompt=x", "--stop="], "empty --stop"),
+        (["--workdir=a", "--prompt=x", "--mode=evaluate"], "--prompt and --prompt_file are for"),
+        (["--workdir=a", "--prompt=x", "--data.source=b"], "--data.* and --eval_batches are for"),
+        (["--workdir=a", "--prompt=x", "--mode=think"], "one of generate, evaluate"),
+        (["--workdir=a", "--promt=x"], "unknown flag --promt; did you mean --prompt"),
+        (["--workdir=a", "--prompt=x", "--mesh.data=0"], "mesh.data=0"),
+        (["--workdir=a", "--data.tokenizer=b"], "unknown flag --data.tokenizer"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments: list[str], message: str):
+    with pytest.raises(ValueError) as error:  # noqa: PT011  the message is checked below
+        parsed(*arguments)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_every_own_flag_has_its_help():
+    values = absl_flags.FlagValues()
+    config.define(values)
+    for name in (n for n in values if "." not in n and n in config.InferConfig.__annotations__):
+        assert len(str(values[name].help).split(" (default")[0]) > 10, name
+
+
+def test_prompts_come_from_flags_and_files(tmp_path):
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('"first"\n{"prompt": "second\\n", "id": 3}\n')
+    got = parsed("--workdir=a", "--prompt=zero", f"--prompt_file={lines}").prompts()
+    assert got == ["zero", "first", "second\n"]
+    whole = tmp_path / "prompt.py"
+    whole.write_text("def f():\n    return")
+    assert parsed("--workdir=a", f"--prompt_file={whole}").prompts() == ["def f():\n    return"]
+    lines.write_text('"first"\n3\n')
+    with pytest.raises(ValueError, match=r"prompts.jsonl, line 2 is neither a string nor"):
+        parsed("--workdir=a", f"--prompt_file={lines}").prompts()
