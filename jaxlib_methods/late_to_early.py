@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxlib_methods import flops, losses, next_token
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics, Pretrained
-from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.config import TransformerConfig, check_choices
 from jaxlib_methods.models.transformer import Outputs, forward
 
 Objective = Literal["alignment", "salt", "reverse_kd"]
@@ -64,6 +64,7 @@ class LateToEarlyConfig:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        check_choices(self)
         _require(self.weight >= 0, f"late_to_early.weight={self.weight} must not be negative")
         _require(
             0 <= self.stop_fraction <= 1,

@@ -1,7 +1,7 @@
 """Architecture configurations: frozen, self-validating, with the published sizes."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 VOCABULARY_MULTIPLE = 128  # sharding needs divisible sizes, kernels aligned ones
 
@@ -9,6 +9,14 @@ VOCABULARY_MULTIPLE = 128  # sharding needs divisible sizes, kernels aligned one
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def check_choices(config: Any) -> None:
+    """Raises ValueError where a field of a dataclass holds a value outside its `Literal`."""
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal and value not in get_args(hint):
+            raise ValueError(f"{name} {value!r} is unknown; choose one of {list(get_args(hint))}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,7 @@ class TransformerConfig:
     remat: Literal["none", "dots", "full"] = "none"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("vocab_size", "num_layers", "embed_dim", "num_heads", "max_length"):
             value = getattr(self, name)
             _require(value >= 1, f"{name} {value} must be at least 1")
@@ -76,10 +85,23 @@ class TransformerConfig:
             f"rotary_fraction {self.rotary_fraction} of head_dim {self.head_size} gives "
             f"{self.rotary_dim} rotated features; the number must be even and positive",
         )
-        _require(self.norm_eps > 0, f"norm_eps {self.norm_eps} must be positive")
         _require(
-            self.rope_scaling_factor >= 1,
-            f"rope_scaling_factor {self.rope_scaling_factor} must be at least 1",
+            self.learned_position_offset >= 0,
+            f"learned_position_offset {self.learned_position_offset} must not be negative",
+        )
+        _require(self.norm_eps > 0, f"norm_eps {self.norm_eps} must be positive")
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        _require(self.rope_theta > 0, f"rope_theta {self.rope_theta} must be positive")
+        for name in ("rope_scaling_factor", "rope_original_length"):
+            value = getattr(self, name)
+            _require(value >= 1, f"{name} {value} must be at least 1")
+        low, high = self.rope_low_frequency_factor, self.rope_high_frequency_factor
+        _require(
+            0 < low < high,
+            f"rope_high_frequency_factor {high} must exceed rope_low_frequency_factor {low}, "
+            "and that must be positive",
         )
 
     @property

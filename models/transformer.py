@@ -76,9 +76,9 @@ class Transformer(nn.Module):
         Raises ValueError for a hidden layer that does not exist.
         """
         cfg = self.cfg
-        if isinstance(hidden_layer, int) and not 0 <= hidden_layer <= cfg.num_layers:
+        if hidden_layer not in (None, "final", *range(cfg.num_layers + 1)):
             raise ValueError(
-                f"hidden_layer {hidden_layer} does not exist; choose 0 to {cfg.num_layers}, "
+                f"hidden_layer {hidden_layer!r} does not exist; choose 0 to {cfg.num_layers}, "
                 "or 'final'"
             )
         if positions is None:
