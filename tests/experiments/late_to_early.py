@@ -21,8 +21,8 @@ _ONLY = flags.DEFINE_list("only", [], "Names of tables; empty: all.")
 _WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes, one core each.")
 
 SEEDS = (0, 1, 2)
-STEPS = 600
-TEACHER_STEPS = 3000
+STEPS = 400
+TEACHER_STEPS = 4000
 RATES = (2e-3, 4e-3, 8e-3)
 
 
@@ -69,10 +69,10 @@ def config_of(job: Job, root: pathlib.Path) -> Any:
     from jaxlib_methods.train import config as c
 
     model = TransformerConfig(
-        num_layers=6, embed_dim=96, num_heads=4, mlp_dim=256, max_length=64, compute_dtype="float32"
+        num_layers=4, embed_dim=96, num_heads=4, mlp_dim=256, max_length=64, compute_dtype="float32"
     )
     if job.role == "teacher":
-        model = dataclasses.replace(model, num_layers=2, embed_dim=48, mlp_dim=128)
+        model = dataclasses.replace(model, num_layers=2, embed_dim=40, mlp_dim=80)
     method_config = None
     if job.teacher:
         method_config = LateToEarlyConfig(teacher=str(root / job.teacher), **dict(job.let))
@@ -84,7 +84,7 @@ def config_of(job: Job, root: pathlib.Path) -> Any:
         model=model,
         data=c.DataConfig(sequence_length=64, batch_size=16, shuffle_seed=job.seed),
         train=c.TrainConfig(
-            num_steps=job.steps, eval_every=max(25, job.steps // 24), eval_batches=24
+            num_steps=job.steps, eval_every=max(25, job.steps // 16), eval_batches=16
         ),
         optimizer=c.OptimizerConfig(learning_rate=job.rate),
         checkpoint=c.CheckpointConfig(every=0, keep=1),
@@ -175,7 +175,7 @@ def arm(name: str, **fields: Any) -> tuple[str, list[Job]]:
 def tables() -> dict[str, dict[str, list[Job]]]:
     """Table -> setting -> its runs."""
     base = ("plain", [plain("plain", seed) for seed in SEEDS])
-    long_steps = 3600
+    long_steps = 2000
     long = {
         "long/plain": [plain("long/plain", 0, steps=long_steps)],
         "long/let0.1": [student("long/let0.1", 0, steps=long_steps, weight=0.1)],
@@ -188,9 +188,13 @@ def tables() -> dict[str, dict[str, list[Job]]]:
         "rates": rate_jobs(),
         "weights": dict([base, *(arm(f"let{w}", weight=w) for w in (0.1, 0.3, 1.0, 3.0))]),
         "pairings": dict(
-            arm(f"pair_{t}_{s}", weight=0.1, teacher_layer=t, student_layer=s)
+            arm(f"pair_{t}_{s}", weight=1.0, teacher_layer=t, student_layer=s)
             for t in ("last", "middle")
             for s in ("early", "middle", "late")
+            if (t, s) != ("last", "early")  # that is let1.0
+        ),
+        "pairings_0.1": dict(
+            arm(f"pair0.1_last_{s}", weight=0.1, student_layer=s) for s in ("middle", "late")
         ),
         "stop": dict(
             arm(f"stop{fraction}", weight=1.0, stop_fraction=fraction) for fraction in (1 / 6, 1.0)
