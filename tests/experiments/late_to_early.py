@@ -11,6 +11,8 @@ import dataclasses
 import multiprocessing
 import os
 import pathlib
+import threading
+import time
 from statistics import mean, stdev
 from typing import Any
 
@@ -96,11 +98,13 @@ def _worker(core: int, jobs: Any, root: pathlib.Path) -> None:
     import jax
 
     from jaxlib_methods.train import loop
+    from jaxlib_methods.train.prepare import prepare
 
     jax.config.update("jax_compilation_cache_dir", str(root / "compilation_cache"))
     while (job := jobs.get()) is not None:
-        summary = loop.train(config_of(job, root))
-        print(f"{job.name}: {summary.validation_loss:.4f} in {summary.seconds:.0f} s", flush=True)
+        prepared = prepare(config_of(job, root))
+        loop.train(prepared, stop=threading.Event(), started=time.perf_counter())
+        print(f"finished {job.name}", flush=True)
 
 
 def run_all(jobs: list[Job], root: pathlib.Path) -> None:
