@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -73,6 +73,9 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "sequence": sequence}
+    for name, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh axis {name}={size} must be at least 1, or -1")
     known = math.prod(size for size in sizes.values() if size != -1)
     given = ", ".join(f"{name}={size}" for name, size in sizes.items())
     if -1 in sizes.values() and len(devices) % known == 0:
@@ -82,10 +85,15 @@ def make_mesh(
             f"mesh {given} does not fit {len(devices)} devices; the product of the sizes must be "
             f"{len(devices)} (one size may be -1)"
         )
-    if sizes["data"] % dcn_data:
+    if dcn_data < 1 or sizes["data"] % dcn_data:
         raise ValueError(f"dcn_data={dcn_data} does not divide the mesh axis data={sizes['data']}")
     shape = tuple(sizes.values())
-    if dcn_data > 1 and getattr(devices[0], "slice_index", None) is not None:
+    if dcn_data > 1 and devices[0].platform != "cpu":
+        slices = len({getattr(device, "slice_index", 0) for device in devices})
+        if slices != dcn_data:
+            raise ValueError(
+                f"dcn_data={dcn_data} does not fit devices in {slices} slices; give {slices}"
+            )
         inner = (shape[0] // dcn_data, *shape[1:])
         grid = mesh_utils.create_hybrid_device_mesh(inner, (dcn_data, 1, 1, 1), devices)
     elif devices[0].platform == "cpu":
@@ -119,30 +127,53 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, nn.Partitioned)
 
 
-def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of a tree of `nn.with_logical_partitioning` boxes (abstract or not).
 
     Raises ValueError naming the parameter whose dimension its mesh axes do not divide.
     """
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        if not _is_box(leaf):
-            return NamedSharding(mesh, PartitionSpec())
-        return _checked(path, leaf.value.shape, logical_spec(leaf.names), mesh)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=_is_box)
+    placed = [
+        (path, leaf.value.shape, logical_spec(leaf.names))
+        if _is_box(leaf)
+        else (path, leaf.shape, PartitionSpec())
+        for path, leaf in leaves
+    ]
+    return jax.tree.unflatten(treedef, _checked(placed, mesh))
 
-    return jax.tree_util.tree_map_with_path(place, boxed, is_leaf=_is_box)
+
+_Placed = tuple[Any, Sequence[int], PartitionSpec]  # path, shape, spec
 
 
-def _checked(path: Any, shape: Sequence[int], spec: PartitionSpec, mesh: Mesh) -> NamedSharding:
-    for size, entry in zip(shape, spec, strict=False):
-        parts = _axes_size(mesh.shape, entry)
-        if size % parts:
-            raise ValueError(
-                f"parameter {jax.tree_util.keystr(path, simple=True, separator='/')} of shape "
-                f"{tuple(shape)} cannot be cut into {parts} along its dimension of {size} (mesh "
-                f"axes {entry}); choose mesh sizes that divide it"
-            )
-    return NamedSharding(mesh, spec)
+def _checked(placed: Sequence[_Placed], mesh: Mesh | AbstractMesh) -> list[NamedSharding]:
+    for path, shape, spec in placed:
+        for size, entry in zip(shape, spec, strict=False):
+            parts = _axes_size(mesh.shape, entry)
+            if size % parts:
+                raise ValueError(
+                    f"parameter {_name(path)} of shape {tuple(shape)} cannot be cut into {parts} "
+                    f"along its dimension of {size}; mesh axis {entry} of this model may be "
+                    f"{_possible(placed, entry)}"
+                )
+    return [NamedSharding(mesh, spec) for _, _, spec in placed]
+
+
+def _possible(placed: Sequence[_Placed], entry: Any) -> str:
+    """The sizes that divide every dimension cut like `entry`."""
+    sizes = [
+        size
+        for _, shape, spec in placed
+        for size, other in zip(shape, spec, strict=False)
+        if other == entry
+    ]
+    common = math.gcd(*sizes)
+    divisors = [str(n) for n in range(1, common + 1) if common % n == 0]
+    return " or ".join(filter(None, (", ".join(divisors[:-1]), divisors[-1])))
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def unbox(tree: Any) -> Any:
@@ -151,7 +182,7 @@ def unbox(tree: Any) -> Any:
 
 
 def shardings_by_path(
-    tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh
+    tree: Any, rules: Sequence[tuple[str, Sequence[str | None]]], mesh: Mesh | AbstractMesh
 ) -> Any:
     """Shardings of a foreign tree: the first rule (regex, logical axes) that matches a path wins.
 
@@ -159,21 +190,23 @@ def shardings_by_path(
     replicated. Raises ValueError where a rule's axes are not one per dimension of the leaf.
     """
 
-    def place(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    def spec(path: Any, shape: Sequence[int]) -> PartitionSpec:
+        name = _name(path)
         for pattern, names in rules:
             if re.search(pattern, name):
-                if len(names) != len(leaf.shape):
+                if len(names) != len(shape):
                     raise ValueError(
-                        f"rule {pattern!r} names {len(names)} axes for {name} of shape {leaf.shape}"
+                        f"rule {pattern!r} names {len(names)} axes for {name} of shape {shape}"
                     )
-                return _checked(path, leaf.shape, logical_spec(names), mesh)
-        return NamedSharding(mesh, PartitionSpec())
+                return logical_spec(names)
+        return PartitionSpec()
 
-    return jax.tree_util.tree_map_with_path(place, tree)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    placed = [(path, leaf.shape, spec(path, leaf.shape)) for path, leaf in leaves]
+    return jax.tree.unflatten(treedef, _checked(placed, mesh))
 
 
-def shardings_like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+def shardings_like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of a tree that repeats the parameters, such as an optimiser state.
 
     A leaf whose path ends in a parameter's path and that has its shape is placed like it;
@@ -197,7 +230,7 @@ def shardings_like_params(tree: Any, params: Any, shardings: Any, mesh: Mesh) ->
     return jax.tree_util.tree_map_with_path(place, tree)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of a value that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -222,10 +255,11 @@ def describe(tree: Any, shardings: Any) -> str:
     lines = []
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     for (path, leaf), sharding in zip(flat, jax.tree.leaves(shardings), strict=True):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
         entries = [
             "+".join((entry,) if isinstance(entry, str) else entry or ("-",))
             for entry in (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
         ]
-        lines.append(f"{name}  {leaf.dtype.name}{list(leaf.shape)}  {' '.join(entries)}".rstrip())
+        lines.append(
+            f"{_name(path)}  {leaf.dtype.name}{list(leaf.shape)}  {' '.join(entries)}".rstrip()
+        )
     return "\n".join(lines) + "\n"
