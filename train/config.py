@@ -1,6 +1,7 @@
 """The configuration of a run: frozen dataclasses are the truth, flags are made from them."""
 
 import dataclasses
+import math
 from typing import Any, Literal, get_type_hints
 
 from jaxlib_methods import registry
@@ -193,6 +194,26 @@ class RunConfig:
             self.data.batch_size % self.train.num_microbatches == 0,
             f"data.batch_size={self.data.batch_size} is not a multiple of "
             f"train.num_microbatches={self.train.num_microbatches}",
+        )
+        self._check_mesh()
+
+    def _check_mesh(self) -> None:
+        """What can be known of a mesh before its devices: axes of -1 are left to `train.data`."""
+        mesh, rows = self.mesh, self.data.batch_size // self.train.num_microbatches
+        cuts = {f"mesh.{n}": getattr(mesh, n) for n in ("data", "fsdp") if getattr(mesh, n) > 1}
+        _require(
+            rows % math.prod(cuts.values()) == 0,
+            f"a micro-batch of {rows} sequences (data.batch_size / train.num_microbatches) is not "
+            f"a multiple of {' x '.join(f'{n}={size}' for n, size in cuts.items())}",
+        )
+        _require(
+            self.data.sequence_length % max(mesh.sequence, 1) == 0,
+            f"data.sequence_length={self.data.sequence_length} is not a multiple of "
+            f"mesh.sequence={mesh.sequence}",
+        )
+        _require(
+            mesh.data == -1 or mesh.data % mesh.dcn_data == 0,
+            f"mesh.dcn_data={mesh.dcn_data} does not divide mesh.data={mesh.data}",
         )
 
 
