@@ -92,7 +92,7 @@ class _Row:
         if find_stop(self.text, self._stop) is not None:
             self._end_at_stop()
         end = len(self.text) if self.finish else settled_length(self.text, self._stop)
-        begin, self._shown = self._shown, max(self._shown, end)
+        begin, self._shown = self._shown, end
         return self.text[begin:end]
 
     def _end_at_stop(self) -> None:
@@ -140,9 +140,8 @@ def _start(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
 def _steps(
-    model: TransformerConfig, params: Any, state: DecodeState, stopped: jax.Array, **settings: Any
+    model: TransformerConfig, params: Any, state: DecodeState, **settings: Any
 ) -> DecodeState:
-    state = state._replace(done=state.done | stopped)
     return decoding.decode_steps(functools.partial(forward, model), params, state, **settings)
 
 
@@ -178,8 +177,7 @@ def generate(
         model, params = restored.model, restored.params
         state = _start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
         while any(row.finish is None for row in rows):
-            stopped = np.array([row.finish is not None for row in rows])
-            state = _steps(model, params, state, stopped, **settings)
+            state = _steps(model, params, state, **settings)
             drawn, counts = np.asarray(state.tokens), np.asarray(state.lengths)
             for index, row in enumerate(rows):
                 piece = row.add(drawn[index, len(row.tokens) : counts[index]].tolist())
