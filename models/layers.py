@@ -97,8 +97,17 @@ def parameter(
     return cast(jax.Array, module.param(name, boxed, shape, jnp.dtype(cfg.param_dtype)))
 
 
-def _kernel_init(fan_in: int, *, scale: float = 1.0) -> Initializer:
-    return nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5 / 0.87962566)
+def _kernel_init(fan_in: int, scale: float, used: int | None) -> Initializer:
+    # 0.88 is the deviation of a unit normal that is cut at 2.
+    draw = nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5 / 0.87962566)
+    if used is None:
+        return draw
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        columns = jnp.expand_dims(jnp.arange(shape[-1]), range(len(shape) - 1))
+        return jnp.where(columns < used, draw(key, shape, dtype), 0)
+
+    return init
 
 
 class Projection(nn.Module):
@@ -114,11 +123,12 @@ class Projection(nn.Module):
     use_bias: bool
     cfg: TransformerConfig
     init_scale: float = 1.0
+    used: int | None = None  # the last axis starts at zero from here on
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.cfg.compute_dtype)
-        kernel_init = _kernel_init(math.prod(self.in_shape), scale=self.init_scale)
+        kernel_init = _kernel_init(math.prod(self.in_shape), self.init_scale, self.used)
         shape, names = (*self.in_shape, *self.out_shape), (*self.in_names, *self.out_names)
         kernel = parameter(self, "kernel", kernel_init, shape, names, self.cfg)
         axes = tuple(range(-len(self.in_shape), 0))

@@ -167,6 +167,7 @@ class Transformer(nn.Module):
                 out_names=("vocab",),
                 use_bias=False,
                 cfg=cfg,
+                used=cfg.vocab_size,
                 name="head",
             )(x)
         logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
