@@ -2,6 +2,7 @@
 
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --prompt="def "
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --mode=evaluate
+    python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --mode=export --output=OUT
 
 --workdir is a run or a Hugging Face folder. Generation takes --temperature, --top_k, --top_p,
 --min_p, --stop, --num_samples and more prompts; --help describes all flags.
@@ -22,13 +23,19 @@ def main(argv: list[str]) -> None:
     del argv
     with flags.one_line_errors():
         asked = config.from_flags()
-        from jaxlib_methods.infer import evaluate, generate, restore  # wrong flags fail before
+        from jaxlib_methods.infer import (
+            evaluate,
+            export,
+            generate,
+            restore,
+        )  # wrong flags fail before
 
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
         mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
         restored = restore.restore(asked.workdir, mesh=mesh, step=asked.step)
-        (generate if asked.mode == "generate" else evaluate).run(asked, restored)
+        modes = {"generate": generate, "evaluate": evaluate, "export": export}
+        modes[asked.mode].run(asked, restored)
 
 
 if __name__ == "__main__":

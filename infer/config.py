@@ -26,7 +26,7 @@ class InferConfig:
     """One call of inference.
 
     workdir: a run's workdir, or a Hugging Face folder.
-    mode: generate text, or evaluate the validation loss.
+    mode: generate text, evaluate the validation loss, or export a Hugging Face folder.
     step: which checkpoint of the run; none is the newest.
     prompt: text to continue; may be given several times.
     prompt_file: a .jsonl file with a prompt in each line (a string, or an object with "prompt"),
@@ -41,14 +41,14 @@ class InferConfig:
         line break, \\t a tab, \\\\ a backslash.
     seed: of the draws.
     stream: show text while it is drawn; none does so for one continuation on a terminal.
-    output: a file to write, JSONL of continuations or JSON of the evaluation.
+    output: what to write: JSONL of continuations, JSON of the evaluation, the exported folder.
     eval_batches: batches of the validation set, evenly spread; none takes all of it.
     mesh: sizes of the mesh axes.
     data: fields of `DataConfig` that replace the run's own, for an evaluation on other text.
     """
 
     workdir: str = ""
-    mode: Literal["generate", "evaluate"] = "generate"
+    mode: Literal["generate", "evaluate", "export"] = "generate"
     step: int | None = None
     prompt: tuple[str, ...] = ()
     prompt_file: str | None = None
@@ -80,9 +80,11 @@ class InferConfig:
             raise ValueError(
                 "nothing to continue: give --prompt (it may be empty) or --prompt_file"
             )
-        if self.mode == "evaluate" and given:
+        if self.mode != "generate" and given:
             raise ValueError("--prompt and --prompt_file are for --mode=generate")
-        if self.mode == "generate" and (self.data or self.eval_batches):
+        if self.mode == "export" and not self.output:
+            raise ValueError("--mode=export needs --output, the folder to write")
+        if self.mode != "evaluate" and (self.data or self.eval_batches):
             raise ValueError("--data.* and --eval_batches are for --mode=evaluate")
         _ = self.sampling  # validates itself
 
