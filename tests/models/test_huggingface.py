@@ -1,6 +1,7 @@
 """Weights of the Hugging Face families, compared with what torch computed (see golden/make.py)."""
 
 import dataclasses
+import itertools
 import json
 import socket
 import subprocess
@@ -117,10 +118,13 @@ def test_index_gives_the_total_size_and_each_tensor_once(tmp_path: Path) -> None
     original = load_file(golden("llama") / "model.safetensors")
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in original.values())
     assert index["weight_map"].keys() == original.keys()
-    for file in set(index["weight_map"].values()):
+    sizes = []
+    for file in sorted(set(index["weight_map"].values())):
         held = load_file(tmp_path / file)
-        assert sum(a.nbytes for a in held.values()) <= 10_000
+        sizes.append(sum(a.nbytes for a in held.values()))
         assert all(index["weight_map"][name] == file for name in held)
+    assert max(sizes) <= 10_000
+    assert min(a + b for a, b in itertools.pairwise(sizes)) > 10_000  # none is spare
 
 
 @pytest.mark.parametrize("family", FAMILIES)

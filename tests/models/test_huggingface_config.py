@@ -256,6 +256,8 @@ def test_family_is_chosen_from_the_configuration(cfg: TransformerConfig, family:
     written = config_to_huggingface(cfg)
     assert written["model_type"] == family
     assert written["architectures"] == [FAMILIES[family].architecture]
+    # The families' defaults would stop generation at a wrong token.
+    assert {written[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {None}
     explicit = {"mlp_dim": cfg.mlp_size}
     assert config_from_huggingface(written) == dataclasses.replace(cfg, **explicit)
 

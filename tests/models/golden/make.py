@@ -18,34 +18,29 @@ SIZES = {
     "max_position_embeddings": 64,
 }
 GROUPED = SIZES | {"num_key_value_heads": 2, "intermediate_size": 22}
+# Written as transformers 4 does; 5 reads it too and writes `rope_parameters`.
 LLAMA3 = {
-    "rope_type": "llama3",
     "rope_theta": 500.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,  # the three bands all occur at this length
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,  # the three bands all occur at this length
+    },
 }
-LINEAR = {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.5}
+LINEAR = {"rope_theta": 300.0, "rope_scaling": {"rope_type": "linear", "factor": 2.5}}
 
 # Name -> config.json. Those named like a model_type are kept as golden files.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": GROUPED
-    | {"model_type": "llama", "tie_word_embeddings": True, "rope_parameters": LLAMA3},
+    "llama": GROUPED | LLAMA3 | {"model_type": "llama", "tie_word_embeddings": True},
     "qwen2": GROUPED | {"model_type": "qwen2", "tie_word_embeddings": False},
-    "qwen3": GROUPED
-    | {
-        "model_type": "qwen3",
-        "head_dim": 6,
-        "tie_word_embeddings": True,
-        "rope_parameters": LINEAR,
-    },
+    "qwen3": GROUPED | LINEAR | {"model_type": "qwen3", "head_dim": 6, "tie_word_embeddings": True},
     "gpt_neox": SIZES | {"model_type": "gpt_neox", "intermediate_size": 22, "rotary_pct": 0.5},
     "opt": SIZES | {"model_type": "opt", "ffn_dim": 22},
     "llama_untied_biased": GROUPED
     | {"model_type": "llama", "attention_bias": True, "mlp_bias": True, "rms_norm_eps": 1e-3},
-    "qwen2_tied_linear": GROUPED
-    | {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": LINEAR},
+    "qwen2_tied_linear": GROUPED | LINEAR | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen3_biased": GROUPED | {"model_type": "qwen3", "head_dim": 4, "attention_bias": True},
     "gpt_neox_sequential": SIZES
     | {
@@ -55,7 +50,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "hidden_act": "gelu_new",
         "rotary_pct": 1.0,
-        "rope_parameters": LINEAR,
+        "rotary_emb_base": 300.0,
+        "rope_scaling": LINEAR["rope_scaling"],
     },
     "gpt_neox_unbiased": SIZES
     | {
