@@ -9,6 +9,7 @@ data is the step.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator
@@ -78,7 +79,7 @@ def read_record(workdir: epath.PathLike) -> Record | None:
         )
     try:
         return Record(from_dict(values["run"]), values["tokenizer"], values["corpus"])
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a run of this version: {error}") from error
 
 
@@ -245,7 +246,7 @@ class _EveryCall:
 
 def _split(params: Any, model: TransformerConfig) -> tuple[Any, Any]:
     """The parameters of the model itself, and those that the method adds."""
-    own = _boxed_params(model).keys()
+    own = _names_of_params(model)
     return (
         {name: leaves for name, leaves in params.items() if name in own},
         {name: leaves for name, leaves in params.items() if name not in own},
@@ -319,6 +320,11 @@ def _load_huggingface(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(config, mesh))
     params = huggingface.load_params(folder, config, shardings=shardings, dtype=dtype)
     return Pretrained(config, params, tokenizer)
+
+
+@functools.cache
+def _names_of_params(model: TransformerConfig) -> frozenset[str]:
+    return frozenset(_boxed_params(model))
 
 
 def _boxed_params(config: TransformerConfig) -> Any:

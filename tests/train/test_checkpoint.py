@@ -1,0 +1,292 @@
+"""Saving, restoring, refusing: the checkpoints of a run, without training one."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from safetensors.numpy import save_file
+
+from jaxlib_methods.late_to_early import LateToEarlyConfig
+from jaxlib_methods.models import partitioning
+from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.huggingface import config_to_huggingface
+from jaxlib_methods.models.transformer import init_params
+from jaxlib_methods.train import checkpoint
+from jaxlib_methods.train.checkpoint import Checkpoints, Record
+from jaxlib_methods.train.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from jaxlib_methods.train.state import TrainState, shardings_of
+
+MODEL = TransformerConfig(
+    vocab_size=11, num_layers=2, embed_dim=16, num_heads=2, mlp_dim=8, max_length=8
+)
+RUN = RunConfig(model=MODEL, data=DataConfig(sequence_length=8), workdir="w")
+RECORD = Record(RUN, "bytes", "corpus")
+OPTIMIZER = optax.adamw(0.1)
+
+
+def mesh_of(*sizes):
+    return partitioning.make_mesh(**dict(zip(partitioning.MESH_AXES, sizes, strict=True)))
+
+
+def abstract_on(mesh, *, added=False):
+    """An abstract state over a mesh, with a parameter of the method's own where asked."""
+    boxed = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
+    params, places = partitioning.unbox(boxed), partitioning.param_shardings(boxed, mesh)
+    if added:
+        params["alignment"] = {"kernel": jax.ShapeDtypeStruct((3, 16), jnp.float32)}
+        places["alignment"] = {"kernel": partitioning.replicated(mesh)}
+    opt_state = jax.eval_shape(OPTIMIZER.init, params)
+    opt_places = partitioning.shardings_like_params(opt_state, params, places, mesh)
+    state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
+    places = TrainState(partitioning.replicated(mesh), places, opt_places)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
+    )
+
+
+def numbered(abstract, *, step, first=0.0):
+    """A state in which every number is another one."""
+
+    def fill(leaf):
+        nonlocal first
+        values = first + np.arange(leaf.size).reshape(leaf.shape)
+        first += leaf.size
+        return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
+
+    return jax.tree.map(fill, abstract)._replace(
+        step=jax.device_put(jnp.int32(step), abstract.step.sharding)
+    )
+
+
+def save(workdir, *steps, keep=3, record=RECORD, **options):
+    """A workdir with checkpoints of these steps."""
+    checkpoint.write_config(workdir, record)
+    abstract = abstract_on(mesh_of(1, 8, 1, 1), **options)
+    with Checkpoints(workdir, keep=keep, record=record) as checkpoints:
+        for step in steps:
+            checkpoints.save(numbered(abstract, step=step))
+    return abstract
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_array_equal(x, y)
+
+
+def test_restore_on_another_mesh_is_exact(tmp_path):
+    abstract = save(tmp_path, 4, added=True)
+    other = abstract_on(mesh_of(2, 2, 2, 1), added=True)
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        assert checkpoints.latest_step == 4
+        got = checkpoints.restore(other)
+    assert_same(got, numbered(abstract, step=4))
+    assert jax.tree.map(lambda x: x.sharding, got) == shardings_of(other)
+    kernel = got.params["blocks"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.spec == abstract.params["blocks"]["mlp"]["up"]["kernel"].sharding.spec
+    assert kernel.sharding.mesh.shape["tensor"] == 2
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    abstract = abstract_on(mesh_of(1, 8, 1, 1))
+    later = jax.jit(lambda s: jax.tree.map(lambda x: x + 1, s), donate_argnums=0)
+    state = numbered(abstract, step=0)
+    expected = [jax.device_get(state)]
+    with Checkpoints(tmp_path, keep=9, record=RECORD) as checkpoints:
+        for _ in range(3):
+            checkpoints.save(state)
+            state = later(state)
+            expected.append(jax.device_get(state))
+    for step in range(3):
+        with checkpoint.ocp.training.Checkpointer(tmp_path / "checkpoints") as saved:
+            optimizer = {"state": abstract.opt_state, "step": abstract.step, "method_params": {}}
+            got = saved.load_checkpointables(
+                step, {"params": abstract.params, "optimizer": optimizer}
+            )
+        assert_same(got["params"], expected[step].params)
+        assert_same(got["optimizer"]["state"], expected[step].opt_state)
+
+
+def test_keeps_the_newest_and_saves_a_step_once(tmp_path):
+    save(tmp_path, 1, 2, 3, 3, keep=2)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+
+
+def test_a_half_written_checkpoint_does_not_count(tmp_path):
+    abstract = save(tmp_path, 4)
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(folder / "4", folder / "5.orbax-checkpoint-tmp")
+    shutil.rmtree(folder / "5.orbax-checkpoint-tmp" / "params")
+    assert checkpoint.has_checkpoint(tmp_path)
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        assert checkpoints.latest_step == 4
+        assert_same(checkpoints.restore(abstract), numbered(abstract, step=4))
+    (folder / "4").rename(folder / "4.orbax-checkpoint-tmp")
+    assert not checkpoint.has_checkpoint(tmp_path)
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        assert checkpoints.latest_step is None
+
+
+def test_a_save_that_fails_is_one_oserror(tmp_path, monkeypatch):
+    abstract = save(tmp_path, 1)
+
+    def fail():
+        raise ValueError("no space")
+
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        monkeypatch.setattr(checkpoints._checkpointer, "wait", fail)
+        with pytest.raises(OSError, match=r"could not be written to .*: no space; .* are kept"):
+            checkpoints.save(numbered(abstract, step=2))
+        assert checkpoints.latest_step == 1
+
+
+def test_parameters_that_a_method_adds_are_kept_apart(tmp_path):
+    abstract = save(tmp_path, 4, added=True)
+    found = checkpoint.load_pretrained(str(tmp_path), mesh=mesh_of(2, 2, 2, 1))
+    expected = numbered(abstract, step=4).params
+    assert expected.pop("alignment")
+    assert_same(found.params, expected)
+    assert (found.config, found.tokenizer) == (MODEL, "bytes")
+
+
+def test_load_pretrained_casts_and_reads_the_configuration_alone(tmp_path):
+    save(tmp_path, 4)
+    found = checkpoint.load_pretrained(str(tmp_path), mesh=mesh_of(8, 1, 1, 1), dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(found.params)} == {"bfloat16"}
+    assert checkpoint.load_pretrained(str(tmp_path), weights=False).params is None
+
+
+def make_huggingface(folder, *, weights):
+    folder.mkdir()
+    values = config_to_huggingface(dataclasses.replace(MODEL, mlp_dim=128))
+    (folder / "config.json").write_text(json.dumps(values))
+    if weights:
+        save_file({"lm_head.weight": np.zeros((2, 2), np.float32)}, folder / "model.safetensors")
+    return folder
+
+
+def test_a_model_without_weights_is_found_out_without_a_device(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no model: there is no config\.json"):
+        checkpoint.load_pretrained(str(tmp_path), weights=False)
+    checkpoint.write_config(tmp_path, RECORD)
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet; let it finish first"):
+        checkpoint.load_pretrained(str(tmp_path), weights=False)
+    bare = make_huggingface(tmp_path / "bare", weights=False)
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        checkpoint.load_pretrained(str(bare), weights=False)
+    whole = make_huggingface(tmp_path / "whole", weights=True)
+    assert checkpoint.load_pretrained(str(whole), weights=False).config.embed_dim == 16
+
+
+def test_record_is_read_back(tmp_path):
+    assert checkpoint.read_record(tmp_path) is None
+    with pytest.raises(FileNotFoundError, match=r"holds no run: it has no config\.json"):
+        checkpoint.read_config(tmp_path)
+    checkpoint.write_config(tmp_path, RECORD)
+    assert checkpoint.read_record(tmp_path) == RECORD
+    assert checkpoint.read_config(tmp_path) == RUN
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+BAD_FILES = [
+    (lambda v: v | {"format": 2}, r"has format 2, this version reads up to 1; install a newer"),
+    (lambda v: v | {"run": {"colour": 1}}, r"config\.json does not describe .* \['colour'\]"),
+    (lambda v: v | {"run": 3}, r"config\.json does not describe a run of this version"),
+    (lambda v: {"format": 1}, r"config\.json does not describe a run of this library"),
+    (lambda v: [1], r"config\.json is not a JSON object"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_FILES)
+def test_a_record_that_is_not_ours_is_refused(tmp_path, change, message):
+    checkpoint.write_config(tmp_path, RECORD)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read_record(tmp_path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        checkpoint.read_record(tmp_path)
+
+
+def test_checkpoints_without_their_record_are_refused(tmp_path):
+    (tmp_path / "checkpoints" / "4").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"holds checkpoints, but the config\.json of"):
+        checkpoint.read_record(tmp_path)
+
+
+OTHER_RUNS = [
+    ({"seed": 1}, r"w belongs to a run with seed=0, this run has seed=1; give another --workdir"),
+    ({"model": dataclasses.replace(MODEL, num_layers=3)}, r"model\.num_layers=2.*=3"),
+    ({"data": DataConfig(sequence_length=8, batch_size=4)}, r"data\.batch_size=16.*=4"),
+    ({"optimizer": OptimizerConfig(name="muon")}, r"optimizer\.name=adamw.*=muon"),
+    ({"method": "late_to_early", "method_config": None}, r"method=next_token.*=late_to_early"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_RUNS)
+def test_another_run_is_refused_by_name(change, message):
+    current = RECORD._replace(config=dataclasses.replace(RUN, **change))
+    with pytest.raises(ValueError, match=message):
+        checkpoint.check_same_run(RECORD, current, where="w")
+
+
+def test_another_value_of_the_method_is_refused_by_name():
+    runs = [
+        RECORD._replace(
+            config=dataclasses.replace(
+                RUN,
+                method="late_to_early",
+                method_config=LateToEarlyConfig(weight=weight),
+            )
+        )
+        for weight in (0.1, 0.2)
+    ]
+    with pytest.raises(ValueError, match=r"late_to_early\.weight=0\.1, .*=0\.2"):
+        checkpoint.check_same_run(*runs, where="w")
+
+
+def test_what_may_change_between_starts():
+    current = dataclasses.replace(
+        RUN,
+        workdir="elsewhere",
+        compare=True,
+        train=TrainConfig(num_steps=7),
+        optimizer=OptimizerConfig(learning_rate=3.0),
+        checkpoint=CheckpointConfig(every=7),
+        mesh=MeshConfig(fsdp=2),
+        data=DataConfig(sequence_length=8, num_threads=5, cache="folder"),
+    )
+    checkpoint.check_same_run(RECORD, RECORD._replace(config=current), where="w")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corpus": "other"}, r"the corpus has changed since w was written"),
+        ({"tokenizer": "other"}, r"the tokenizer has changed since w was written"),
+    ],
+)
+def test_other_text_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        checkpoint.check_same_run(RECORD, RECORD._replace(**change), where="w")
+
+
+def test_another_architecture_is_refused_by_name():
+    other = dataclasses.replace(MODEL, compute_dtype="float32", remat="full", max_length=9)
+    checkpoint.check_same_architecture(other, MODEL, where="w")
+    with pytest.raises(ValueError, match=r"model in w has model\.mlp_dim=4, this run has 8"):
+        checkpoint.check_same_architecture(dataclasses.replace(MODEL, mlp_dim=4), MODEL, where="w")

@@ -1,0 +1,333 @@
+"""Whole tiny runs in this process: resuming, precedence, stopping, phases, what is left behind."""
+
+import dataclasses
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlib_methods import next_token, registry
+from jaxlib_methods.late_to_early import LateToEarlyConfig
+from jaxlib_methods.models.partitioning import make_mesh
+from jaxlib_methods.train import checkpoint, loop, metrics, prepare, presets
+from jaxlib_methods.train.config import TrainConfig
+
+pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
+MESH = make_mesh(devices=jax.devices()[:1])
+TEACHER_WIDTH = 24
+
+
+class StopAfter(threading.Event):
+    """Is set when it has been asked `steps` times: a signal that comes during that step."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.left = steps
+
+    def is_set(self):
+        self.left -= 1
+        return self.left <= 0
+
+
+def start(config, *, stop_after=None):
+    """Starts a run, which goes on for `stop_after` steps or to its end."""
+    prepared = loop.prepare(config)
+    if stop_after is None:
+        loop.train(prepared, stop=threading.Event(), started=0.0)
+        return
+    with pytest.raises(SystemExit) as stopped:
+        loop.train(prepared, stop=StopAfter(stop_after), started=0.0)
+    assert stopped.value.code == 0
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A folder of this file."""
+    return tmp_path_factory.mktemp("loop")
+
+
+@pytest.fixture
+def teacher(shared, tiny):
+    """A finished teacher, trained once."""
+    config = tiny(shared / "teacher", num_steps=4, embed_dim=TEACHER_WIDTH)
+    start(config)
+    return config.workdir
+
+
+@pytest.fixture
+def unbroken(shared, tiny):
+    """A finished plain run of eight steps, trained once."""
+    config = tiny(shared / "unbroken")
+    start(config)
+    return config
+
+
+def let(teacher, **fields):
+    return {
+        "method": "late_to_early",
+        "method_config": LateToEarlyConfig(teacher=str(teacher), weight=0.5, **fields),
+    }
+
+
+def params_of(workdir):
+    return checkpoint.load_pretrained(str(workdir), mesh=MESH).params
+
+
+def assert_same(a, b):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def steps_with(lines, name):
+    return [line["step"] for line in lines if name in line]
+
+
+@pytest.mark.parametrize("stops", [(3,), (4, 1), (1, 1, 2)])
+def test_a_resumed_run_is_an_unbroken_one(unbroken, stops, tiny, tmp_path, read_metrics):
+    config = tiny(tmp_path)
+    for steps in stops:
+        start(config, stop_after=steps)
+    start(config)
+    lines = read_metrics(tmp_path)
+    assert lines == read_metrics(Path(unbroken.workdir))
+    assert steps_with(lines, "train/loss") == list(range(1, 9))
+    assert steps_with(lines, "validation/loss") == [4, 8]
+    assert_same(params_of(tmp_path), params_of(unbroken.workdir))
+
+
+@pytest.mark.parametrize("stops", [(2,), (4,), (5,)])  # in the ramp, at its end, behind it
+def test_late_to_early_resumes_anywhere(teacher, stops, tiny, shared, tmp_path, read_metrics):
+    whole = shared / "late_to_early"
+    start(tiny(whole, **let(teacher)))
+    config = tiny(tmp_path, **let(teacher))
+    for steps in stops:
+        start(config, stop_after=steps)
+    start(config)
+    lines = read_metrics(tmp_path)
+    assert lines == read_metrics(whole)
+    weights = {line["step"]: line["train/alignment_weight"] for line in lines
+               if "train/alignment_weight" in line}  # fmt: skip
+    # Step n of the file is optimiser step n - 1: 0.5 (4 - s) / 4, then no teacher.
+    assert weights == pytest.approx({1: 0.5, 2: 0.375, 3: 0.25, 4: 0.125})
+    assert_same(params_of(tmp_path), params_of(whole))
+
+
+def test_after_the_stop_step_the_teacher_has_left_the_device(teacher, tiny, tmp_path, monkeypatch):
+    alive = {}
+    evaluate = loop._Loop._evaluate
+
+    def watched(self, state, step):
+        arrays = [x for x in jax.live_arrays() if TEACHER_WIDTH in x.shape]
+        alive[step] = len(arrays)
+        evaluate(self, state, step)
+
+    monkeypatch.setattr(loop._Loop, "_evaluate", watched)
+    start(tiny(tmp_path, eval_every=1, num_steps=4, **let(teacher, stop_step=2)))
+    assert alive[1] == alive[2] > 0
+    assert alive[3] == alive[4] == 0
+
+
+def test_learned_resize_resumes_and_is_left_out_of_the_model(teacher, tiny, tmp_path, read_metrics):
+    fields = let(teacher, resize="learned_linear")
+    start(tiny(tmp_path / "whole", num_steps=6, **fields))
+    config = tiny(tmp_path / "broken", num_steps=6, **fields)
+    start(config, stop_after=2)
+    start(config)
+    assert read_metrics(tmp_path / "broken") == read_metrics(tmp_path / "whole")
+    assert "alignment" not in params_of(tmp_path / "whole")
+    # Given weights have no such leaf: it is made new.
+    given = tiny(tmp_path / "given", num_steps=1, init_from=str(tmp_path / "whole"), **fields)
+    start(given)
+
+
+def latest(workdir):
+    return max(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_own_run_beats_given_run_beats_given_weights_beats_new(
+    unbroken, tiny, tmp_path, capfd, read_metrics
+):
+    other = tmp_path / "other"
+    start(tiny(other, num_steps=10), stop_after=5)
+    both = {"restore_from": str(other), "init_from": unbroken.workdir}
+    own = tiny(tmp_path / "own", num_steps=8, **both)
+    capfd.readouterr()
+
+    def said(config, **options):
+        start(config, **options)
+        return [line for line in capfd.readouterr().err.splitlines() if line.startswith(("c", "st"))
+                and not line.startswith("step")]  # fmt: skip
+
+    assert said(own, stop_after=1) == [f"continuing {other} from step 5",
+                                       "stopped by a signal at step 6, saved; the same command "
+                                       "goes on"]  # fmt: skip
+    assert said(own) == ["continuing from step 6"]
+    weights = tiny(tmp_path / "weights", num_steps=1, init_from=unbroken.workdir)
+    assert said(weights) == [f"starting from the weights in {unbroken.workdir}"]
+    assert said(tiny(tmp_path / "new", num_steps=1)) == []
+    # The given run is continued as it would have gone on; given weights begin where it ended.
+    first = {name: read_metrics(tmp_path / name)[0] for name in ("own", "weights", "new")}
+    assert [line["step"] for line in first.values()] == [6, 1, 1]
+    assert first["weights"]["train/loss"] < first["new"]["train/loss"] - 0.05
+    assert latest(tmp_path / "own") == 8
+    assert latest(other) == 5
+
+
+def test_a_finished_run_given_is_refused(unbroken, tiny, tmp_path):
+    config = tiny(tmp_path / "w", restore_from=unbroken.workdir)
+    with pytest.raises(ValueError, match=r"is at step 8, train\.num_steps=8 leaves nothing"):
+        start(config)
+
+
+def test_given_runs_and_weights_are_checked_first(unbroken, tiny, tmp_path):
+    refused = [
+        ({"restore_from": str(tmp_path)}, FileNotFoundError, "holds no run with a checkpoint"),
+        ({"restore_from": unbroken.workdir, "seed": 1}, ValueError, "with seed=0"),
+        ({"init_from": unbroken.workdir, "mlp_dim": 8}, ValueError, r"model\.mlp_dim=32"),
+    ]
+    for fields, kind, message in refused:
+        with pytest.raises(kind, match=message):
+            prepare.prepare(tiny(tmp_path / "w", **fields))
+
+
+def test_sigterm_saves_and_exits_0(tiny, tmp_path, monkeypatch, capfd):
+    kill_at = 3
+    add = metrics.Accumulator.add
+
+    def signalled(self, step, values):
+        if step == kill_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, step, values)
+
+    monkeypatch.setattr(metrics.Accumulator, "add", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stopped:
+        loop.run(tiny(tmp_path, every=0))
+    assert stopped.value.code == 0
+    assert latest(tmp_path) == 3
+    assert "stopped by a signal at step 3, saved" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_value_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
+    def make(cfg, context):
+        method = next_token.make(cfg, context)
+
+        def loss(params, extra, batch, *, step, key):
+            scalar, values = method.loss(params, extra, batch, step=step, key=key)
+            bad = jnp.where(step == 4, jnp.nan, 1.0)  # the fifth step
+            return scalar * bad, values | {"loss": (values["loss"][0] * bad, values["loss"][1])}
+
+        return dataclasses.replace(method, loss=loss)
+
+    monkeypatch.setitem(registry.METHODS, "next_token", (next_token.NextTokenConfig, make))
+    message = r"train/(loss|gradient_norm) is nan at step 5; .* the last good checkpoint is kept"
+    with pytest.raises(metrics.NonFiniteError, match=message):
+        start(tiny(tmp_path, every=1, keep=9, eval_every=8))
+    assert latest(tmp_path) == 4
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params_of(tmp_path)))
+
+
+def test_when_it_saves_and_evaluates(tiny, tmp_path, read_metrics):
+    config = tiny(tmp_path, num_steps=5, every=0, eval_every=2, log_every=2, keep=9)
+    start(config)
+    assert os.listdir(tmp_path / "checkpoints") == ["5"]
+    lines = read_metrics(tmp_path)
+    assert steps_with(lines, "validation/loss") == [2, 4, 5]
+    assert steps_with(lines, "train/loss") == [2, 4]
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=6))
+    start(longer)
+    assert steps_with(read_metrics(tmp_path), "validation/loss") == [2, 4, 5, 6]
+    assert json.loads((tmp_path / "config.json").read_text())["run"]["train"]["num_steps"] == 6
+
+
+def test_a_finished_run_is_left_alone(unbroken, tiny, shared, read_metrics, monkeypatch):
+    monkeypatch.setattr(loop, "_Loop", None)
+    before = (shared / "unbroken" / "metrics.jsonl").read_bytes()
+    start(tiny(shared / "unbroken"))
+    assert (shared / "unbroken" / "metrics.jsonl").read_bytes() == before
+
+
+def test_teacher_first_then_student_then_baseline(tiny, tmp_path, monkeypatch, capfd, read_metrics):
+    base = tiny(tmp_path / "x", num_steps=2, embed_dim=TEACHER_WIDTH, max_length=8,
+                sequence_length=8)  # fmt: skip
+    preset = dataclasses.replace(presets.PRESETS["transformer_tiny"], config=base)
+    monkeypatch.setitem(presets.PRESETS, "small_teacher", preset)
+    monkeypatch.chdir(tmp_path)
+    config = tiny(tmp_path / "run", num_steps=4, compare=True, seed=3, vocab_size=257,
+                  **let("preset:small_teacher"))  # fmt: skip
+    loop.run(config)
+    out = capfd.readouterr()
+    rows = [line.split()[0] for line in out.out.splitlines()]
+    assert rows[:4] == ["run", "teacher", "late_to_early", "baseline"]
+    assert any(line.startswith("late_to_early ") and "baseline's final" in line
+               for line in out.out.splitlines())  # fmt: skip
+    # The teacher reads the student's tokens, whatever its preset says.
+    record = checkpoint.read_record(tmp_path / "run" / "teacher")
+    assert record.config.model.vocab_size == 257
+    assert record.config.model.max_length == 16
+    assert (record.config.data, record.config.seed) == (config.data, 3)
+    # Same data and first parameters: the first loss of student and baseline is one number.
+    student, plain = (read_metrics(tmp_path / name)[0] for name in ("run", "run/baseline"))
+    assert student["train/loss"] == plain["train/loss"]
+    assert "train/alignment" not in plain
+    # A second start, by another spelling of the same folder, trains nothing again.
+    files = {path: path.read_bytes() for path in tmp_path.rglob("metrics.jsonl")}
+    again = dataclasses.replace(config, workdir="run")
+    loop.run(again)
+    assert "first step done" not in capfd.readouterr().err
+    assert {path: path.read_bytes() for path in files} == files
+    assert len(files) == 3
+
+
+def test_what_cannot_be_is_known_before_the_teacher_is_trained(tiny, tmp_path):
+    teacher = let("preset:transformer_tiny")
+    for fields, message in (
+        ({"vocab_size": 200}, "has ids up to 255"),
+        ({"init_from": str(tmp_path)}, "holds no model"),
+    ):
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            loop.run(tiny(tmp_path / "run", **teacher, **fields))
+    assert not (tmp_path / "run" / "teacher" / "config.json").exists()
+    with pytest.raises(ValueError, match="unknown preset 'nothing'"):
+        loop.run(tiny(tmp_path / "run", **let("preset:nothing")))
+
+
+def test_profile_covers_its_window_and_no_other(tiny, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append(("stop",)))
+    taken = []
+    step = loop._Loop._profile
+
+    def counted(self, number, state):
+        before = len(calls)
+        step(self, number, state)
+        taken.extend((number, *call) for call in calls[before:])
+
+    monkeypatch.setattr(loop._Loop, "_profile", counted)
+    config = tiny(tmp_path, num_steps=5, profile_start=1, profile_steps=2, every=0)
+    start(config, stop_after=2)
+    folder = str(tmp_path / "profile")
+    assert taken == [(1, "start", folder)]
+    taken.clear()
+    start(config)  # goes on inside the window
+    assert taken == [(2, "start", folder), (3, "stop")]
+    taken.clear()
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=6))
+    start(longer)  # begins behind it
+    assert taken == []
+    past_the_end = TrainConfig(num_steps=7, profile_start=6, profile_steps=5, log_every=1)
+    start(dataclasses.replace(config, train=past_the_end))
+    assert taken == [(6, "start", folder), (7, "stop")]
+
+
+def test_profile_writes_a_trace(tiny, tmp_path):
+    start(tiny(tmp_path, num_steps=3, profile_start=1, profile_steps=1, every=0))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
