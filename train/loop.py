@@ -37,6 +37,7 @@ def run(config: RunConfig) -> None:
     started = time.perf_counter()
     prepared = {name: prepare(part) for name, part in plan(config).items()}
     distributed.initialize()
+    mesh_of(config.mesh)  # where it is impossible, nothing has been announced or written yet
     runs = report.Runs()
     with _stop_signal() as stop:
         for name, part in prepared.items():

@@ -1,0 +1,166 @@
+"""Which processes join a run, and two of them that train, are killed and go on as one."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxlib_methods.train import flags
+from jaxlib_methods.train.distributed import process_arguments
+
+ADDRESS = {
+    "JAX_COORDINATOR_ADDRESS": "host0:1234",
+    "JAX_NUM_PROCESSES": "4",
+    "JAX_PROCESS_ID": "3",
+}
+
+CASES = [
+    ({}, None),
+    (ADDRESS, {"coordinator_address": "host0:1234", "num_processes": 4, "process_id": 3}),
+    (
+        {"JAXLIB_METHODS_HOSTS": "host0, host1.local"},
+        {"coordinator_address": "host0:8476", "num_processes": 2, "process_id": 1},
+    ),
+    ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+    ({"SLURM_NTASKS": "2"}, None),  # inside an allocation, but not started by srun
+    ({"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, {}),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, {}),
+    ({"MEGASCALE_COORDINATOR_ADDRESS": "a"}, {}),
+    (ADDRESS | {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, {
+        "coordinator_address": "host0:1234", "num_processes": 4, "process_id": 3}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("environment", "expected"), CASES)
+def test_arguments_from_the_environment(environment, expected):
+    assert process_arguments(environment, hostname="host1.cluster") == expected
+
+
+REFUSED = [
+    ({"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_PROCESS_ID": "x"},
+     "h:1 also needs JAX_NUM_PROCESSES and JAX_PROCESS_ID as a number"),
+    (ADDRESS | {"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4 must be below JAX_NUM_PROCESSES=4"),
+    ({"JAXLIB_METHODS_HOSTS": "a,b"}, "a,b must name this host, host1.cluster, exactly once"),
+    ({"JAXLIB_METHODS_HOSTS": "host1.a,host1.b"}, "exactly once"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("environment", "message"), REFUSED)
+def test_contradictions_are_refused(environment, message):
+    with pytest.raises(ValueError, match=message):
+        process_arguments(environment, hostname="host1.cluster")
+
+
+class Processes:
+    """Trainers of one run, each with its devices."""
+
+    def __init__(self, flagfile: Path, folder: Path, root: Path, cache: Path) -> None:
+        self.flagfile, self.folder, self.root, self.cache = flagfile, folder, root, cache
+        self.started: list[subprocess.Popen] = []
+
+    def start(self, count: int, *arguments: str) -> list[subprocess.Popen]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        running = []
+        for index in range(count):
+            own = {
+                "PYTHONPATH": str(self.root),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(8 // count),
+                "JAX_COMPILATION_CACHE_DIR": str(self.cache),
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            }
+            if count > 1:
+                own |= {
+                    "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                    "JAX_NUM_PROCESSES": str(count),
+                    "JAX_PROCESS_ID": str(index),
+                }
+            command = [sys.executable, "-m", "jaxlib_methods.train"]
+            with (self.folder / f"stderr{index}").open("w") as stderr:
+                running.append(
+                    subprocess.Popen(
+                        [*command, f"--flagfile={self.flagfile}", *arguments],
+                        env=os.environ | own,
+                        cwd=self.folder,
+                        stderr=stderr,
+                        stdout=subprocess.DEVNULL,
+                    )
+                )
+        self.started += running
+        return running
+
+    def said(self, index: int) -> str:
+        return (self.folder / f"stderr{index}").read_text()
+
+    def until(self, condition, running) -> None:
+        deadline = time.monotonic() + 200
+        while not condition():
+            assert time.monotonic() < deadline, self.said(0)
+            assert all(process.poll() is None for process in running), self.said(0)
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def processes(tiny, tmp_path, root, cache_folder):
+    config = tiny(tmp_path / "run", num_steps=2000, batch_size=8, every=3, eval_every=2000,
+                  schedule="constant", warmup_fraction=0.0, fsdp=4)  # fmt: skip
+    flagfile = tmp_path / "flags"
+    flagfile.write_text(flags.to_flagfile(config))
+    found = Processes(flagfile, tmp_path, root, cache_folder)
+    yield found
+    for process in found.started:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def test_two_processes_are_stopped_then_killed_then_go_on_as_one(processes, tmp_path, read_metrics):
+    folder = tmp_path / "run" / "checkpoints"
+
+    def newest():
+        return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
+
+    # SIGTERM to one of them: both save the same step and exit 0.
+    pair = processes.start(2)
+    processes.until(lambda: newest() >= 3, pair)
+    pair[1].send_signal(signal.SIGTERM)
+    assert [process.wait(120) for process in pair] == [0, 0], processes.said(0)
+    stopped = newest()
+    assert f"stopped by a signal at step {stopped}, saved" in processes.said(0)
+    assert processes.said(1).count("step ") == 0  # process 0 alone speaks
+    # kill -9 to both, in the middle.
+    pair = processes.start(2)
+    processes.until(lambda: newest() > stopped + 3, pair)
+    for process in pair:
+        process.kill()
+        process.wait()
+    killed = newest()
+    assert f"continuing from step {stopped}" in processes.said(0)
+    before = {line["step"]: line for line in read_metrics(tmp_path / "run")}
+    # One process with all eight devices goes on; the same text from the first step comes to the
+    # same losses.
+    end = killed + 2
+    (one,) = processes.start(1, f"--train.num_steps={end}")
+    assert one.wait(200) == 0, processes.said(0)
+    assert f"continuing from step {killed}" in processes.said(0)
+    joined = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
+    assert [line["step"] for line in joined] == list(range(1, end + 1))
+    again = killed + 1
+    if again in before:  # the killed pair had come that far
+        assert joined[killed]["train/loss"] == pytest.approx(before[again]["train/loss"], rel=1e-5)
+    (tmp_path / "alone").mkdir()
+    workdir = f"--workdir={tmp_path / 'alone'}"
+    (alone,) = processes.start(1, f"--train.num_steps={end}", "--checkpoint.every=0", workdir)
+    assert alone.wait(200) == 0, processes.said(0)
+    expected = [line for line in read_metrics(tmp_path / "alone") if "train/loss" in line]
+    for one_line, other in zip(joined, expected, strict=True):
+        for name in ("train/loss", "train/gradient_norm"):
+            assert one_line[name] == pytest.approx(other[name], rel=1e-4), (other["step"], name)
