@@ -40,8 +40,8 @@ def loss_and_gradients(
     """Gradients of the scalar over the whole batch, and its metrics.
 
     A micro-batch's gradient is weighted by its number of tokens, `metrics["loss"][1]`, summed in
-    float32 or better and divided once, so that micro-batches of unequal padding give the gradient
-    of the whole batch.
+    the type of that number, float32 or better, and divided once, so that micro-batches of unequal
+    padding give the gradient of the whole batch.
     """
 
     def one(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
@@ -53,7 +53,7 @@ def loss_and_gradients(
 
     def weighted(batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
         grads, metrics = one(params, batch, key)
-        return jax.tree.map(lambda g: _wide(g) * metrics["loss"][1], grads), metrics
+        return jax.tree.map(lambda g: g * metrics["loss"][1], grads), metrics
 
     def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, weighted(*part)), None
@@ -65,10 +65,6 @@ def loss_and_gradients(
     (grads, metrics), _ = jax.lax.scan(add, zeros, (parts, keys))
     tokens = jnp.maximum(metrics["loss"][1], 1)
     return jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), grads, params), metrics
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def make_train_step(

@@ -142,7 +142,7 @@ def test_learned_resize_resumes_and_is_left_out_of_the_model(teacher, tiny, tmp_
     assert read_metrics(tmp_path / "broken") == read_metrics(tmp_path / "whole")
     assert "alignment" not in params_of(tmp_path / "whole")
     # Given weights have no such leaf: it is made new.
-    given = tiny(tmp_path / "given", num_steps=1, init_from=str(tmp_path / "whole"), **fields)
+    given = tiny(tmp_path / "given", num_steps=2, init_from=str(tmp_path / "whole"), **fields)
     start(given)
 
 
@@ -270,6 +270,7 @@ def test_teacher_first_then_student_then_baseline(tiny, tmp_path, monkeypatch, c
                for line in out.out.splitlines())  # fmt: skip
     # The teacher reads the student's tokens, whatever its preset says.
     record = checkpoint.read_record(tmp_path / "run" / "teacher")
+    assert record is not None
     assert record.config.model.vocab_size == 257
     assert record.config.model.max_length == 16
     assert (record.config.data, record.config.seed) == (config.data, 3)
