@@ -183,38 +183,44 @@ def tables() -> dict[str, dict[str, list[Job]]]:
     long_steps = 1600
     long = {
         "long/plain": [plain("long/plain", 0, steps=long_steps)],
-        "long/let1": [student("long/let1", 0, steps=long_steps, weight=1.0)],
-        "long/let1_whole": [
-            student("long/let1_whole", 0, steps=long_steps, weight=1.0, stop_fraction=1.0)
+        "long/let3": [student("long/let3", 0, steps=long_steps, weight=3.0)],
+        "long/let3_whole": [
+            student("long/let3_whole", 0, steps=long_steps, weight=3.0, stop_fraction=1.0)
         ],
     }
     return {
         "rates": rate_jobs(),
-        "weights": dict([base, *(arm(f"let{w}", weight=w) for w in (0.1, 0.3, 1.0, 3.0))]),
+        "weights": dict([base, *(arm(f"let{w}", weight=w) for w in (0.1, 0.3, 1.0, 3.0, 10.0))]),
         "pairings": dict(
             arm(f"pair_{t}_{s}", weight=0.1, teacher_layer=t, student_layer=s)
             for t in ("last", "middle")
             for s in ("early", "middle", "late")
             if (t, s) != ("last", "early")  # that is let0.1
         ),
-        "pairings_heavy": dict(
+        "pairings_1": dict(
             arm(f"pair_heavy_last_{s}", weight=1.0, student_layer=s) for s in ("middle", "late")
         ),
-        "stop": dict(
-            arm(f"stop{fraction}", weight=1.0, stop_fraction=fraction) for fraction in (1 / 6, 1.0)
+        "pairings_3": dict(
+            arm(f"pair3_last_{s}", weight=3.0, student_layer=s) for s in ("middle", "late")
         ),
         "teachers": dict(
             arm(f"{name}_weight{weight}", weight=weight, teacher=name)
-            for name in ("teacher_random", "teacher_300_steps")
-            for weight in (0.1, 1.0)
+            for name, weight in (
+                ("teacher_random", 1.0),
+                ("teacher_random", 3.0),
+                ("teacher_300_steps", 3.0),
+            )
         ),
         "distillation": dict(
-            [
-                arm("salt", objective="salt"),
-                arm("reverse_kd", objective="reverse_kd"),
-                arm("student_to_teacher", weight=1.0, resize="student_to_teacher"),
-                arm("learned_linear", weight=1.0, resize="learned_linear"),
-            ]
+            [arm("salt", objective="salt"), arm("reverse_kd", objective="reverse_kd")]
+        ),
+        "stop": dict(
+            arm(f"stop3_{name}", weight=3.0, stop_fraction=fraction)
+            for name, fraction in (("sixth", 1 / 6), ("whole", 1.0))
+        ),
+        "resizing": dict(
+            arm(f"resize3_{resize}", weight=3.0, resize=resize)
+            for resize in ("student_to_teacher", "learned_linear")
         ),
         "long": long,
     }
