@@ -1,7 +1,6 @@
 """What `python -m jaxlib_methods.infer` is asked to do, and the flags made from it."""
 
 import dataclasses
-import inspect
 import json
 import re
 import sys
@@ -13,7 +12,7 @@ from etils import epath
 
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.train.config import DataConfig, MeshConfig
-from jaxlib_methods.train.flags import describe, format_value, parse_value
+from jaxlib_methods.train.flags import Parser, format_value, help_texts
 
 # The tokenizer belongs to the model: other ids would mean nothing to it.
 FIXED_DATA = ("tokenizer", "separator_id")
@@ -124,7 +123,7 @@ def _read_prompts(path: str) -> list[str]:
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of `InferConfig`, of the mesh and of the data in `values`."""
-    texts = _help_texts(InferConfig)
+    texts = help_texts(InferConfig)
     for section, field, hint in _fields():
         name = f"{section}.{field.name}" if section else field.name
         default = "the run's" if section == "data" else format_value(field.default)
@@ -136,7 +135,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
             parser, serializer = flags.ArgumentParser[str](), flags.ArgumentSerializer[str]()
             flag = flags.MultiFlag(parser, serializer, name, None, text)
         else:
-            flag = flags.Flag(_Parser(hint), None, name, None, text)
+            flag = flags.Flag(Parser(hint), None, name, None, text)
         flags.DEFINE_flag(flag, values, module_name=sys.argv[0])
 
 
@@ -152,19 +151,6 @@ def from_flags(values: flags.FlagValues = flags.FLAGS) -> InferConfig:
     return InferConfig(**given[""], mesh=MeshConfig(**given["mesh"]), data=given["data"])
 
 
-class _Parser(flags.ArgumentParser):
-    def __init__(self, hint: Any) -> None:
-        super().__init__()
-        self.hint = hint
-        self.syntactic_help = describe(hint)
-
-    def parse(self, argument: Any) -> Any:
-        return parse_value(self.hint, str(argument))
-
-    def flag_type(self) -> str:
-        return self.syntactic_help
-
-
 def _fields() -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(section, field, type) of every flag."""
     for section, cls in (("", InferConfig), ("mesh", MeshConfig), ("data", DataConfig)):
@@ -173,8 +159,3 @@ def _fields() -> Iterator[tuple[str, dataclasses.Field, Any]]:
             nested = not section and field.name in ("mesh", "data")
             if not nested and not (section == "data" and field.name in FIXED_DATA):
                 yield section, field, hints[field.name]
-
-
-def _help_texts(cls: type) -> dict[str, str]:
-    lines = re.findall(r"^(\w+): (.+(?:\n +.+)*)", inspect.cleandoc(cls.__doc__ or ""), re.M)
-    return {name: " ".join(text.split()) for name, text in lines}

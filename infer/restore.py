@@ -3,14 +3,11 @@
 import json
 from typing import Any, NamedTuple
 
-import jax
 from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.transformer import init_params
 from jaxlib_methods.train import checkpoint
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
@@ -67,7 +64,7 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None) -> Restored:
             known = ", ".join(map(str, steps))
             raise ValueError(f"{folder} has no checkpoint of step {step}; there are {known}")
         chosen = steps[-1] if step is None else step
-        abstract = {"params": _abstract_params(config.model, mesh)}
+        abstract = {"params": checkpoint.abstract_params(config.model, mesh)}
         params = checkpointer.load_checkpointables(chosen, abstract)["params"]
     first = tokenizer.separator
     return Restored(config, config.model, params, tokenizer, chosen, mesh, first, (first,))
@@ -83,12 +80,3 @@ def _restore_huggingface(folder: epath.Path, mesh: Mesh) -> Restored:
     first = tokenizer.separator if first is None else int(first)
     stop_tokens = ends or (tokenizer.separator,)
     return Restored(None, found.config, found.params, tokenizer, None, mesh, first, stop_tokens)
-
-
-def _abstract_params(model: TransformerConfig, mesh: Mesh) -> Any:
-    boxed = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        partitioning.unbox(boxed),
-        partitioning.param_shardings(boxed, mesh),
-    )

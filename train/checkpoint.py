@@ -298,7 +298,7 @@ def _load_run(
         return Pretrained(record.config.model, None, record.tokenizer)
     assert mesh is not None
     with ocp.training.Checkpointer(folder / FOLDER) as checkpointer:
-        abstract = _abstract_params(record.config.model, mesh)
+        abstract = abstract_params(record.config.model, mesh)
         params = checkpointer.load_checkpointables(None, {"params": abstract})["params"]
     return Pretrained(record.config.model, _cast(params, dtype), record.tokenizer)
 
@@ -317,7 +317,7 @@ def _load_huggingface(
     if not weights:
         return Pretrained(config, None, tokenizer)
     assert mesh is not None
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, _abstract_params(config, mesh))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
     params = huggingface.load_params(folder, config, shardings=shardings, dtype=dtype)
     return Pretrained(config, params, tokenizer)
 
@@ -331,7 +331,8 @@ def _boxed_params(config: TransformerConfig) -> Any:
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 
-def _abstract_params(config: TransformerConfig, mesh: Mesh) -> Any:
+def abstract_params(config: TransformerConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of a trunk's parameters on a mesh, to load them into."""
     boxed = _boxed_params(config)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

@@ -235,10 +235,16 @@ def device_batches(
 
 
 def check_divisible(
-    batch_size: int, sequence_length: int, *, mesh: Mesh, spec: PartitionSpec
+    batch_size: int,
+    sequence_length: int,
+    *,
+    mesh: Mesh,
+    spec: PartitionSpec,
+    num_microbatches: int = 1,
 ) -> None:
     """Refuses sizes that the mesh cannot cut into equal parts."""
-    sizes = {"data.batch_size": batch_size, "data.sequence_length": sequence_length}
+    rows = "data.batch_size" + (" / train.num_microbatches" if num_microbatches > 1 else "")
+    sizes = {rows: batch_size // num_microbatches, "data.sequence_length": sequence_length}
     for (name, size), axes in zip(sizes.items(), spec, strict=False):
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
         parts = int(np.prod([mesh.shape[axis] for axis in names], dtype=np.int64))

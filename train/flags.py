@@ -43,7 +43,7 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines all flags of a training run in `values`."""
     for field in _fields():
         text = f"{field.help} (default: {format_value(field.default)})".lstrip()
-        parser = _Parser(field.hint)
+        parser = Parser(field.hint)
         flag: flags.Flag[Any]
         if field.hint is bool:
             flag = flags.BooleanFlag(field.flag, None, text)
@@ -158,19 +158,20 @@ def describe(hint: Any) -> str:
 def one_line_errors() -> Iterator[None]:
     """Turns errors about what the user gave into one line on stderr and exit code 1.
 
-    These are OSError, and ValueError, ImportError or NotImplementedError raised by this package's
-    own code. Whatever comes from elsewhere is a defect and keeps its traceback.
+    These are OSError, and ValueError, ImportError, NotImplementedError or FloatingPointError (a
+    loss that is not finite) raised by this package's own code. Whatever comes from elsewhere is a
+    defect and keeps its traceback.
     """
     try:
         yield
-    except (ValueError, ImportError, NotImplementedError, OSError) as error:
+    except (ValueError, ImportError, NotImplementedError, OSError, FloatingPointError) as error:
         if not isinstance(error, OSError) and not _raised_here(error):
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(1)
 
 
-class _Parser(flags.ArgumentParser):
+class Parser(flags.ArgumentParser):
     """Reads the text of one flag as the type of its field."""
 
     def __init__(self, hint: Any) -> None:
@@ -220,7 +221,7 @@ def _fields(method: str | None = None) -> list[_Field]:
     parts |= {name: registry.config_class(name) for name in names}
     found = []
     for section, cls in parts.items():
-        hints, texts = get_type_hints(cls), _help_texts(cls)
+        hints, texts = get_type_hints(cls), help_texts(cls)
         for field in dataclasses.fields(cls):
             if section == _RUN and field.name in ("method_config", *parts):
                 continue
@@ -229,7 +230,7 @@ def _fields(method: str | None = None) -> list[_Field]:
     return found
 
 
-def _help_texts(cls: type) -> dict[str, str]:
+def help_texts(cls: type) -> dict[str, str]:
     """What the docstring (`name: text`) or the comment behind a field says about it."""
     names = [field.name for field in dataclasses.fields(cls)]
     try:

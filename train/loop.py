@@ -67,6 +67,7 @@ def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
         config.data.sequence_length,
         mesh=mesh,
         spec=partitioning.batch_spec(),
+        num_microbatches=config.train.num_microbatches,
     )
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
     abstract = train_state.abstract_state(method, optimizer, mesh)
@@ -239,7 +240,9 @@ class _Loop:
 
     def _log(self, step: int) -> None:
         """Writes the metrics up to `step`, whose successor is being computed."""
-        if step % self._config.train.log_every == 0 and step > self._first_step:
+        train = self._config.train
+        due = step % train.log_every == 0 or step == train.num_steps
+        if due and step > self._first_step:
             values = self._pending.read()
             if values:
                 self._writer.write(step, values | self._throughput.read() | self._elapsed())

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from jaxlib_methods.method import Method
 from jaxlib_methods.models import partitioning
@@ -23,7 +23,7 @@ class TrainState(NamedTuple):
 
 
 def abstract_state(
-    method: Method, optimizer: optax.GradientTransformation, mesh: Mesh
+    method: Method, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:
     """Shapes, dtypes and shardings of the state; nothing is computed.
 
@@ -50,7 +50,7 @@ def abstract_state(
     )
 
 
-def _check_sharded(params: Any, shardings: Any, mesh: Mesh) -> None:
+def _check_sharded(params: Any, shardings: Any, mesh: Mesh | AbstractMesh) -> None:
     axes = [name for name in ("fsdp", "tensor") if mesh.shape[name] > 1]
     share = partitioning.sharded_fraction(params, shardings, axes=axes)
     if axes and share < SHARDED_SHARE:

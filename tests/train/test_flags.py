@@ -198,7 +198,7 @@ PRESET = "--preset=transformer_tiny"
         ),
         (
             [PRESET, "--train.num_microbatches=3"],
-            "data.batch_size=16 is not a multiple of train.num_microbatches=3",
+            "data.batch_size=8 is not a multiple of train.num_microbatches=3",
         ),
     ],
 )
@@ -233,7 +233,7 @@ class Documented:
 
 
 def test_help_is_what_the_docstring_or_the_comment_says():
-    assert flags._help_texts(Documented) == {
+    assert flags.help_texts(Documented) == {
         "first": "one sentence on two lines.",
         "second": "another. Not a field: text.",
         "third": "from # the comment",
@@ -278,6 +278,7 @@ def from_the_package(source: str) -> None:
         ("raise ValueError('a=1 must\\nbe 2')", "error: a=1 must be 2\n"),
         ("raise NotImplementedError('no kernel')", "error: no kernel\n"),
         ("raise ImportError('pip install x')", "error: pip install x\n"),
+        ("raise FloatingPointError('train/loss is nan')", "error: train/loss is nan\n"),
         ("open('/absent')", "error: [Errno 2] No such file or directory: '/absent'\n"),
         (
             "import pathlib; pathlib.Path('/absent').read_text()",
