@@ -152,6 +152,18 @@ def row(name: str, label: str, root: pathlib.Path, baseline: str = "plain",
     return f"| {label} | {mean(mine):.4f}{spread} | {difference} | {ranges} | {steps} |"
 
 
+def passed_teacher(name: str, root: pathlib.Path) -> str:
+    """When a student's validation loss passed its teacher's, on the same batches."""
+    from jaxlib_methods.train.plots import read_curves
+    from jaxlib_methods.train.report import steps_to_reach
+
+    curves = read_curves(root / name / "seed0" / "metrics.jsonl")
+    goal = curves["validation/teacher_loss"][1][-1]
+    reached = steps_to_reach(root / name / "seed0", goal)
+    when = "never passed it" if reached is None else f"passed it after {reached:.0f} steps"
+    return f"\nTeacher: {goal:.4f}; {name} {when}."
+
+
 HEADER = (
     "| setting | final validation loss | minus baseline | per seed | steps to baseline's loss |\n"
     "|---|---|---|---|---|"
@@ -163,7 +175,7 @@ def rate_jobs() -> dict[str, list[Job]]:
     arms: dict[str, list[Job]] = {}
     for rate in OTHER_RATES:
         arms[f"rate{rate}/plain"] = [plain(f"rate{rate}/plain", 0, rate=rate)]
-        for weight in (0.1, 1.0):
+        for weight in (0.1, 1.0, 10.0):
             name = f"rate{rate}/let{weight}"
             arms[name] = [student(name, 0, rate=rate, weight=weight)]
         for objective in ("salt", "reverse_kd"):
@@ -206,13 +218,18 @@ def tables() -> dict[str, dict[str, list[Job]]]:
         "teachers": dict(
             arm(f"{name}_weight{weight}", weight=weight, teacher=name)
             for name, weight in (
+                ("teacher_random", 0.1),
                 ("teacher_random", 1.0),
                 ("teacher_random", 3.0),
                 ("teacher_300_steps", 3.0),
             )
         ),
         "distillation": dict(
-            [arm("salt", objective="salt"), arm("reverse_kd", objective="reverse_kd")]
+            [
+                arm("salt", objective="salt"),
+                arm("salt_sixth", objective="salt", stop_fraction=1 / 6),
+                arm("reverse_kd", objective="reverse_kd"),
+            ]
         ),
         "stop": dict(
             arm(f"stop3_{name}", weight=3.0, stop_fraction=fraction)
@@ -241,6 +258,8 @@ def main(argv: list[str]) -> None:
         for setting in table:
             baseline = {"rates": setting.rsplit("/", 1)[0] + "/plain", "long": "long/plain"}
             print(row(setting, setting, root, baseline.get(name, "plain"), seeds))
+        if name == "long":
+            print(passed_teacher("long/let3", root))
 
 
 if __name__ == "__main__":
