@@ -31,7 +31,7 @@ class InferConfig:
     prompt_file: a .jsonl file with a prompt in each line (a string, or an object with "prompt"),
         or a text file that is one prompt as a whole.
     num_samples: continuations of each prompt.
-    max_new_tokens: longest continuation.
+    max_new_tokens: longest continuation; none is 128, or what the model's context has left.
     temperature: divides the logits; 0 always takes the likeliest token.
     top_k: draw among the k likeliest tokens; 0 among all.
     top_p: draw among the fewest likeliest tokens whose probability reaches p.
@@ -52,7 +52,7 @@ class InferConfig:
     prompt: tuple[str, ...] = ()
     prompt_file: str | None = None
     num_samples: int = 1
-    max_new_tokens: int = 128
+    max_new_tokens: int | None = None
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0

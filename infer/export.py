@@ -1,26 +1,35 @@
 """A finished model as a folder that transformers, and this library, can load."""
 
+from typing import Any
+
 from etils import epath
 
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.models import huggingface
+from jaxlib_methods.train import checkpoint
 
 
 def run(config: InferConfig, restored: Restored) -> None:
     """Writes safetensors, config.json and the tokenizer to `output`, a new folder.
 
-    A byte model has no tokenizer.json; its ids are the bytes, 0 begins and ends a text.
+    A byte model has no tokenizer.json; its config.json says so, for this library.
     Raises FileExistsError where the folder has files, ValueError where no family of transformers
     can express the model.
     """
     assert config.output is not None
-    tokens = {"bos_token_id": restored.first_token, "eos_token_id": list(restored.stop_tokens)}
+    tokens: dict[str, Any] = {
+        "bos_token_id": restored.first_token,
+        "eos_token_id": list(restored.stop_tokens),
+    }
+    has_file = restored.tokenizer.fingerprint != "bytes"
+    if not has_file:
+        tokens[checkpoint.TOKENIZER_KEY] = "bytes"
     huggingface.save_params(config.output, restored.params, restored.model, extra_config=tokens)
     name = config.workdir if restored.config is None else restored.config.data.tokenizer
     source = epath.Path(name).expanduser()
     source = source / "tokenizer.json" if source.is_dir() else source
-    if restored.tokenizer.fingerprint != "bytes":
+    if has_file:
         target = epath.Path(config.output) / "tokenizer.json"
         target.write_text(source.read_text())
     print(f"{config.workdir} exported to {config.output}")

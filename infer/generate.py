@@ -18,6 +18,7 @@ from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.decoding import DecodeState, SamplingConfig
 from jaxlib_methods.models.transformer import forward
 
+DEFAULT_NEW_TOKENS = 128
 CHUNK_STEPS = 32  # between two looks at the text, where nobody watches
 SMALLEST_BUCKET = 16
 _CUT_CHARACTER = "\ufffd"  # what `decode` gives for the bytes of an unfinished character
@@ -190,6 +191,12 @@ def generate(
     ]
 
 
+def _room(restored: Restored, prompts: Sequence[str]) -> int:
+    """How many tokens to draw where nobody says: DEFAULT_NEW_TOKENS, or what the context has."""
+    longest = max(len(restored.tokenizer.encode(prompt)) for prompt in prompts) + 1
+    return max(1, min(DEFAULT_NEW_TOKENS, restored.model.max_length - longest))
+
+
 def _check_context(longest: int, max_new_tokens: int, max_length: int) -> None:
     if longest >= max_length:
         raise ValueError(
@@ -218,7 +225,7 @@ def run(config: InferConfig, restored: Restored) -> None:
     completions = generate(
         restored,
         prompts,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=config.max_new_tokens or _room(restored, prompts),
         sampling=config.sampling,
         stop=config.stop_strings,
         num_samples=config.num_samples,

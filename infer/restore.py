@@ -75,7 +75,10 @@ def _restore_huggingface(folder: epath.Path, mesh: Mesh) -> Restored:
     values = json.loads((folder / checkpoint.CONFIG_FILE).read_text())
     ends = values.get("eos_token_id")
     ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
-    tokenizer = load_tokenizer(str(folder), separator_id=ends[0] if ends else None)
+    if values.get(checkpoint.TOKENIZER_KEY) == "bytes":
+        tokenizer = load_tokenizer("bytes")
+    else:
+        tokenizer = load_tokenizer(str(folder), separator_id=ends[0] if ends else None)
     first = values.get("bos_token_id")
     first = tokenizer.separator if first is None else int(first)
     stop_tokens = ends or (tokenizer.separator,)

@@ -33,9 +33,12 @@ class LateToEarlyConfig:
     teacher: a run's workdir, a Hugging Face folder, or `preset:NAME` to train one first.
     objective: `alignment` is LET; `salt` distils the teacher's predictions until the stop step;
         `reverse_kd` does so for the whole run.
+        `alignment` reads weight, student_layer, student_block, teacher_layer and resize; the
+        other two read distillation_weight and temperature.
     weight: lambda at step 0; 0.1 is the paper's best. It was measured on 1.4B parameters, small
         models want more.
-    stop_fraction: the stop step as a fraction of the run. Not published; 0.5 is recommended.
+    stop_fraction: the stop step as a fraction of the run, but for `reverse_kd`. Not published; 0.5
+        is recommended.
     stop_step: the stop step itself, in optimiser steps; overrides stop_fraction.
     student_layer: `early` is block max(1, round(layers / 8)), `middle` round(layers / 2), `late`
         the last. The paper's index was not found.

@@ -76,13 +76,13 @@ def resize_features(x: jax.Array, size: int) -> jax.Array:
         y_j = (1 - a) x_i + a x_(i + 1)
 
     The half-pixel convention of `align_corners=False`. Exact on constants, the identity where
-    `size` is D. x: `[..., D]`. Returns `[..., size]`.
+    `size` is D. x: `[..., D]`. Returns `[..., size]`, float32 or better.
 
     >>> import jax.numpy as jnp
     >>> resize_features(jnp.array([0.0, 1.0, 2.0]), 2).tolist()
     [0.25, 1.75]
     """
-    width = x.shape[-1]
+    x, width = _wide(x), x.shape[-1]
     if size == width:
         return x
     place = np.clip((np.arange(size) + 0.5) * width / size - 0.5, 0, width - 1)
@@ -147,7 +147,9 @@ def linear_fade(step: jax.Array, *, weight: float, stop_step: int) -> jax.Array:
     [0.5, 0.25, 0.0, 0.0]
     """
     left = jnp.maximum(stop_step - jnp.asarray(step, jnp.float32), 0.0)
-    return jnp.float32(weight) * left / max(stop_step, 1)
+    share = left / max(stop_step, 1)
+    # A compiler may multiply by 1 / stop_step: the first step's weight is exact all the same.
+    return jnp.float32(weight) * jnp.where(left == max(stop_step, 1), 1.0, share)
 
 
 def soft_cross_entropy(

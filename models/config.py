@@ -132,7 +132,8 @@ class TransformerConfig:
 
 # The sizes of LET's experiments. The students' widths and depths were not published (paper,
 # arXiv 2602.05393, gives only 1.4B, 3B and 7B, Llama style): these are the usual Llama shapes of
-# those sizes. The teachers are the published checkpoints' own config.json values.
+# those sizes. The teachers are the config.json values of facebook/opt-125m, EleutherAI/pythia-160m,
+# HuggingFaceTB/SmolLM-135M and meta-llama/Llama-3.2-1B.
 PUBLISHED: dict[str, TransformerConfig] = {
     "let_1p4b": TransformerConfig(
         vocab_size=49_152,

@@ -60,7 +60,7 @@ def _safetensors() -> Any:
 
 
 def _placements(cfg: TransformerConfig, family: str | None = None) -> list[Placement]:
-    boxed = jax.eval_shape(lambda key: init_params(cfg, key), jax.random.key(0))
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))  # no device is touched
     shapes = {path: leaf.shape for path, leaf in _flat(unbox(boxed)).items()}
     return placements(cfg, shapes, family_of(cfg, family).model_type)
 
@@ -149,6 +149,16 @@ def weight_files(folder: Path) -> list[str]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} lacks {file}, which {INDEX_FILE} names")
     return files
+
+
+def check_weights(folder: Folder, cfg: TransformerConfig) -> None:
+    """Reads the headers of a folder's weight files and nothing else.
+
+    Raises FileNotFoundError where a file is missing, ValueError naming every tensor that is
+    missing, unknown or of another shape.
+    """
+    with contextlib.ExitStack() as stack:
+        _check(_open(Path(folder), stack), _placements(cfg), cfg, Path(folder))
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import flax.linen as nn
 import jax
@@ -113,7 +113,8 @@ def _kernel_init(fan_in: int, scale: float, used: int | None) -> Initializer:
 class Projection(nn.Module):
     """A linear map over the last `len(in_names)` axes, with logical axis names.
 
-    kernel: `[*in_shape, *out_shape]`; bias: `[*out_shape]` where `use_bias`.
+    kernel: `[*in_shape, *out_shape]`; bias: `[*out_shape]` where `use_bias`. output: `wide` keeps
+    the matmul's float32 sums (logits), `compute` rounds them to the compute dtype.
     """
 
     in_shape: tuple[int, ...]
@@ -124,6 +125,7 @@ class Projection(nn.Module):
     cfg: TransformerConfig
     init_scale: float = 1.0
     used: int | None = None  # the last axis starts at zero from here on
+    output: Literal["compute", "wide"] = "compute"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -132,7 +134,13 @@ class Projection(nn.Module):
         shape, names = (*self.in_shape, *self.out_shape), (*self.in_names, *self.out_names)
         kernel = parameter(self, "kernel", kernel_init, shape, names, self.cfg)
         axes = tuple(range(-len(self.in_shape), 0))
-        y = jnp.tensordot(x, kernel.astype(dtype), axes=(axes, tuple(range(len(self.in_shape)))))
+        wide = jnp.promote_types(dtype, jnp.float32) if self.output == "wide" else None
+        y = jnp.tensordot(
+            x,
+            kernel.astype(dtype),
+            axes=(axes, tuple(range(len(self.in_shape)))),
+            preferred_element_type=wide,
+        )
         if self.use_bias:
             names = tuple("norm" if name == "embed" else name for name in self.out_names)
             bias = parameter(self, "bias", nn.initializers.zeros, self.out_shape, names, self.cfg)

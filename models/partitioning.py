@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -111,11 +111,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
-    entries = [
-        entry if x.shape[i] % _axes_size(mesh.shape, entry) == 0 else None
-        for i, entry in enumerate(logical_spec(names))
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return jax.lax.with_sharding_constraint(x, _divisible(x.shape, logical_spec(names), mesh))
 
 
 def _axes_size(mesh_shape: Mapping[str, int], entry: tuple[str, ...] | str | None) -> int:
@@ -127,12 +123,17 @@ def _is_box(x: Any) -> bool:
     return isinstance(x, nn.Partitioned)
 
 
-def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
+def param_shardings(
+    boxed: Any,
+    mesh: Mesh | AbstractMesh,
+    *,
+    indivisible: Literal["refuse", "whole"] = "refuse",
+) -> Any:
     """Shardings of a tree of `nn.with_logical_partitioning` boxes (abstract or not).
 
-    Raises ValueError naming the parameter whose dimension its mesh axes do not divide.
+    A dimension that its mesh axes do not divide raises ValueError naming the parameter, or with
+    `indivisible="whole"` is not cut: a teacher of 3 key heads on a mesh made for its student.
     """
-
     leaves, treedef = jax.tree_util.tree_flatten_with_path(boxed, is_leaf=_is_box)
     placed = [
         (path, leaf.value.shape, logical_spec(leaf.names))
@@ -140,7 +141,20 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
         else (path, leaf.shape, PartitionSpec())
         for path, leaf in leaves
     ]
+    if indivisible == "whole":
+        placed = [(path, shape, _divisible(shape, spec, mesh)) for path, shape, spec in placed]
     return jax.tree.unflatten(treedef, _checked(placed, mesh))
+
+
+def _divisible(
+    shape: Sequence[int], spec: PartitionSpec, mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    return PartitionSpec(
+        *(
+            entry if size % _axes_size(mesh.shape, entry) == 0 else None
+            for size, entry in zip(shape, spec, strict=False)
+        )
+    )
 
 
 _Placed = tuple[Any, Sequence[int], PartitionSpec]  # path, shape, spec

@@ -157,8 +157,9 @@ class Transformer(nn.Module):
     def _logits(self, x: jax.Array, table: jax.Array) -> jax.Array:
         cfg = self.cfg
         if cfg.tie_embeddings:
+            wide = jnp.promote_types(x.dtype, jnp.float32)
             kernel = table.astype(x.dtype)
-            logits = jnp.einsum("bld,vd->blv", x, kernel)
+            logits = jnp.einsum("bld,vd->blv", x, kernel, preferred_element_type=wide)
         else:
             logits = Projection(
                 in_shape=(cfg.embed_dim,),
@@ -168,9 +169,9 @@ class Transformer(nn.Module):
                 use_bias=False,
                 cfg=cfg,
                 used=cfg.vocab_size,
+                output="wide",
                 name="head",
             )(x)
-        logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
         logits = constrain(logits, "batch", "sequence", "vocab")
         if cfg.padded_vocab_size == cfg.vocab_size:
             return logits

@@ -1,6 +1,6 @@
 """Shared by all tests: eight CPU devices, set before jax starts, and strict rank promotion.
 
-`JAX_PLATFORMS=cuda pytest tests/pallas_kernels` compiles the kernels for the device instead.
+`JAX_PLATFORMS=cuda pytest tests/pallas_kernels` runs that folder on a GPU instead.
 """
 
 import ast

@@ -130,6 +130,13 @@ def test_installed_entry_point_runs(python: Python, target: Path, entry: str) ->
     assert "Traceback" not in result.stderr
 
 
+def test_installed_trainer_knows_its_presets(python: Python, target: Path) -> None:
+    arguments = ("--preset=transformer_tiny", "--print_config")
+    result = python("-m", "jaxlib_methods.train", *arguments, path=target)
+    assert result.returncode == 0, result.stderr
+    assert "--preset=transformer_tiny\n" in result.stdout
+
+
 @pytest.mark.parametrize("name", ["models", "train", "infer", "pallas_kernels"])
 def test_installed_wheel_has_no_bare_name(python: Python, target: Path, name: str) -> None:
     result = python("-c", f"import {name}", path=target)

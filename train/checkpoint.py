@@ -31,10 +31,12 @@ from jaxlib_methods.train.tokenizer import load_tokenizer
 
 CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"
+TOKENIZER_KEY = "jaxlib_methods_tokenizer"  # in an exported config.json: `bytes` has no file
 FORMAT = 1  # of the record; a newer one is refused
 
 # What must agree for a run to be continued: everything else may change between starts.
 IDENTITY = ("method", "seed", "model", "method_config")
+NOT_IDENTITY = ("remat",)  # changes memory and time, not numbers
 DATA_IDENTITY = (
     "source", "weights", "text_field", "tokenizer", "validation_source", "validation_fraction",
     "sequence_length", "batch_size", "shuffle_seed",
@@ -47,6 +49,7 @@ class Record(NamedTuple):
     config: RunConfig
     tokenizer: str  # fingerprint
     corpus: str  # fingerprint
+    until: int | None = None  # the step at which the method becomes another
 
 
 def write_config(workdir: epath.PathLike, record: Record) -> None:
@@ -78,7 +81,9 @@ def read_record(workdir: epath.PathLike) -> Record | None:
             "install a newer jaxlib-methods"
         )
     try:
-        return Record(from_dict(values["run"]), values["tokenizer"], values["corpus"])
+        return Record(
+            from_dict(values["run"]), values["tokenizer"], values["corpus"], values.get("until")
+        )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a run of this version: {error}") from error
 
@@ -99,20 +104,13 @@ def has_checkpoint(workdir: epath.PathLike) -> bool:
     return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
 
 
-def read_config(workdir: epath.PathLike) -> RunConfig:
-    """The configuration of the run in `workdir`. Raises FileNotFoundError where there is none."""
-    record = read_record(workdir)
-    if record is None:
-        raise FileNotFoundError(f"{workdir} holds no run: it has no {CONFIG_FILE}")
-    return record.config
-
-
 def _to_json(record: Record) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "run": to_dict(record.config),
         "tokenizer": record.tokenizer,
         "corpus": record.corpus,
+        "until": record.until,
     }
 
 
@@ -125,7 +123,8 @@ def check_same_run(saved: Record, current: Record, *, where: object) -> None:
     for name, before, now in pairs:
         if isinstance(before, dict) and isinstance(now, dict):
             section = new["method"] if name == "method_config" else name
-            differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+            keys = [key for key in {**before, **now} if key not in NOT_IDENTITY]
+            differing = [key for key in keys if before.get(key) != now.get(key)]
             if not differing:
                 continue
             key = differing[0]
@@ -135,6 +134,12 @@ def check_same_run(saved: Record, current: Record, *, where: object) -> None:
                 f"{where} belongs to a run with {name}={before}, this run has {name}={now}; "
                 "give another --workdir, or the same value"
             )
+    if saved.until != current.until:
+        raise ValueError(
+            f"the run in {where} ends its method's first part at step {saved.until}, this run at "
+            f"{current.until}, which follows from train.num_steps; give the same length, or that "
+            "step itself"
+        )
     if saved.tokenizer != current.tokenizer or saved.corpus != current.corpus:
         what = "corpus" if saved.tokenizer == current.tokenizer else "tokenizer"
         raise ValueError(
@@ -147,7 +152,9 @@ def check_same_architecture(
     saved: TransformerConfig, current: TransformerConfig, *, where: object
 ) -> None:
     """Raises ValueError naming the first value in which two models have other parameters."""
-    ignored = ("compute_dtype", "param_dtype", "remat", "max_length")
+    ignored = ["compute_dtype", "param_dtype", "remat"]
+    if current.positions != "learned":
+        ignored.append("max_length")
     for field in dataclasses.fields(TransformerConfig):
         before, now = getattr(saved, field.name), getattr(current, field.name)
         if before != now and field.name not in ignored:
@@ -225,7 +232,7 @@ class Checkpoints:
         """What cannot be written is an OSError, whatever Orbax and tensorstore raise."""
         try:
             yield
-        except Exception as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise OSError(
                 f"a checkpoint could not be written to {self._folder}: {error}; those that were "
                 "there before are kept, the same command goes on from the newest"
@@ -310,11 +317,14 @@ def _load_huggingface(
     weights: bool,
     dtype: str | None,
 ) -> Pretrained:
+    if "://" in str(folder):
+        raise ValueError(f"{folder}: Hugging Face weights are read from a local folder; copy it")
     config = huggingface_config.config_from_huggingface(values)
     has_tokenizer = (folder / "tokenizer.json").exists()
     tokenizer = load_tokenizer(str(folder), separator_id=0).fingerprint if has_tokenizer else None
-    huggingface.weight_files(Path(folder))
+    tokenizer = tokenizer or values.get(TOKENIZER_KEY)
     if not weights:
+        huggingface.check_weights(Path(folder), config)
         return Pretrained(config, None, tokenizer)
     assert mesh is not None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
@@ -337,7 +347,7 @@ def abstract_params(config: TransformerConfig, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         partitioning.unbox(boxed),
-        partitioning.param_shardings(boxed, mesh),
+        partitioning.param_shardings(boxed, mesh, indivisible="whole"),
     )
 
 

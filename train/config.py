@@ -76,6 +76,11 @@ class DataConfig:
         )
         sources = self.source.split(",")
         _require(
+            not self.source or all(name.strip() for name in sources),
+            f"data.source={self.source} has an empty name between its commas",
+        )
+        _require(self.shuffle_seed >= 0, f"data.shuffle_seed={self.shuffle_seed} is negative")
+        _require(
             self.weights is None or len(self.weights) == len(sources),
             f"data.weights has {len(self.weights or ())} numbers for {len(sources)} sources",
         )
@@ -117,6 +122,7 @@ class OptimizerConfig:
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"optimizer.{name}={value} must be at least 0 and below 1")
+        _require(self.epsilon > 0, f"optimizer.epsilon={self.epsilon} must be positive")
         for name in ("weight_decay", "clip_norm"):
             value = getattr(self, name)
             _require(value >= 0, f"optimizer.{name}={value} must not be negative")
@@ -139,6 +145,9 @@ class TrainConfig:
         for name in ("num_steps", "num_microbatches", "log_every", "eval_every", "eval_batches"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}={value} must be at least 1")
+        for name in ("profile_start", "profile_steps"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}={value} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +193,10 @@ class RunConfig:
             isinstance(self.method_config, expected),
             f"method {self.method!r} takes a {expected.__name__}, "
             f"got {type(self.method_config).__name__}",
+        )
+        _require(
+            not (self.compare and self.method == "next_token"),
+            "compare=true adds the baseline next_token, which this run is itself; leave it out",
         )
         _require(
             self.data.sequence_length <= self.model.max_length,

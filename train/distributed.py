@@ -1,12 +1,15 @@
 """Starting `jax.distributed` where a run has more than one process."""
 
+import importlib.util
 import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 
 PORT = 8476
+TIMEOUT_SECS = 3600  # a host may tokenise its corpus first
 HOSTS = "JAXLIB_METHODS_HOSTS"  # plain ssh: the same comma-separated list on every host
 
 
@@ -15,16 +18,30 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
 
     In this order: an address given (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID);
     a list of hosts (JAXLIB_METHODS_HOSTS=host0,host1, the first one coordinates); Slurm with more
-    than one task; a TPU pod. The last two are found out by JAX itself.
+    than one task; a machine with TPUs. The last two are found out by JAX itself.
     Raises ValueError where the variables contradict each other.
     """
-    arguments = process_arguments(environment, hostname=socket.gethostname())
+    arguments = process_arguments(
+        environment, hostname=socket.gethostname(), has_tpu=_has_tpu(environment)
+    )
     if arguments is not None and not jax.distributed.is_initialized():
-        jax.distributed.initialize(**arguments)
+        jax.distributed.initialize(**arguments, initialization_timeout=TIMEOUT_SECS)
 
 
-def process_arguments(environment: Mapping[str, str], *, hostname: str) -> dict | None:
-    """Arguments of `jax.distributed.initialize`, or None for a run of one process."""
+def _has_tpu(environment: Mapping[str, str]) -> bool:
+    """Whether JAX will find TPUs here: the driver's devices and the library that uses them."""
+    devices = [*Path("/dev").glob("accel[0-9]*"), *Path("/dev/vfio").glob("[0-9]*")]
+    wanted = environment.get("JAX_PLATFORMS", "tpu").split(",")
+    return bool(devices) and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+
+
+def process_arguments(
+    environment: Mapping[str, str], *, hostname: str, has_tpu: bool = False
+) -> dict | None:
+    """Arguments of `jax.distributed.initialize`, or None for a run of one process.
+
+    has_tpu: TPUs are here; a pod's processes do not show in the environment on every platform.
+    """
     if environment.get("JAX_COORDINATOR_ADDRESS"):
         return _from_address(environment)
     if environment.get(HOSTS):
@@ -32,7 +49,7 @@ def process_arguments(environment: Mapping[str, str], *, hostname: str) -> dict 
     slurm = int(environment.get("SLURM_NTASKS") or 1) > 1 and "SLURM_PROCID" in environment
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     tpu_pod = len(workers) > 1 or "MEGASCALE_COORDINATOR_ADDRESS" in environment
-    return {} if slurm or tpu_pod else None
+    return {} if slurm or tpu_pod or has_tpu else None
 
 
 def _from_address(environment: Mapping[str, str]) -> dict:

@@ -1,6 +1,7 @@
 """A run from its configuration to its last checkpoint; see `run`."""
 
 import contextlib
+import itertools
 import signal
 import sys
 import threading
@@ -37,12 +38,20 @@ def run(config: RunConfig) -> None:
     started = time.perf_counter()
     prepared = {name: prepare(part) for name, part in plan(config).items()}
     distributed.initialize()
-    mesh_of(config.mesh)  # where it is impossible, nothing has been announced or written yet
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"{jax.process_count()} processes share these devices but have not been joined; set "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        )
+    for part in prepared.values():
+        _place(part)  # where one does not fit the mesh, none has been announced or written yet
     runs = report.Runs()
     with _stop_signal() as stop:
         for name, part in prepared.items():
-            _say(f"training {part.config.preset or part.config.method} in {part.config.workdir}")
+            kind = part.config.preset or part.config.method
+            _say(f"training the {name} ({kind}) in {part.config.workdir}")
             train(part, stop=stop, started=started)
+            started = time.perf_counter()
             if jax.process_index() == 0:
                 runs[name] = _summary(part)
     if jax.process_index() == 0:
@@ -58,9 +67,25 @@ def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
     """One run: restores or creates its state, trains to `train.num_steps`, saves.
 
     stop: set by whoever wants the run to save and raise SystemExit(0). started:
-    `time.perf_counter()` at the program's start.
+    `time.perf_counter()` at its start.
     """
     config, method = prepared.config, prepared.method
+    mesh, optimizer, abstract = _place(prepared)
+    keep = config.checkpoint.keep
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(config.workdir, keep=keep, record=prepared.record) as checkpoints,
+    ):
+        if (checkpoints.latest_step or 0) < config.train.num_steps:
+            state = _first_state(config, method, optimizer, abstract, checkpoints)
+            if jax.process_index() == 0:
+                checkpoint.write_config(config.workdir, prepared.record)
+            _Loop(prepared, optimizer, abstract, mesh, checkpoints, stop).run(state, started)
+
+
+def _place(prepared: Prepared) -> tuple[Mesh, optax.GradientTransformation, TrainState]:
+    """The mesh, the optimiser and the abstract state. Raises ValueError where they do not fit."""
+    config = prepared.config
     mesh = mesh_of(config.mesh)
     data.check_divisible(
         config.data.batch_size,
@@ -70,17 +95,7 @@ def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
         num_microbatches=config.train.num_microbatches,
     )
     optimizer = make_optimizer(config.optimizer, config.train.num_steps)
-    abstract = train_state.abstract_state(method, optimizer, mesh)
-    if jax.process_index() == 0:
-        checkpoint.write_config(config.workdir, prepared.record)
-    keep = config.checkpoint.keep
-    with (
-        jax.set_mesh(mesh),
-        Checkpoints(config.workdir, keep=keep, record=prepared.record) as checkpoints,
-    ):
-        if (checkpoints.latest_step or 0) < config.train.num_steps:
-            state = _first_state(config, method, optimizer, abstract, checkpoints)
-            _Loop(prepared, optimizer, abstract, mesh, checkpoints, stop).run(state, started)
+    return mesh, optimizer, train_state.abstract_state(prepared.method, optimizer, mesh)
 
 
 def _summary(prepared: Prepared) -> report.Summary:
@@ -143,6 +158,7 @@ class _Loop:
         self._schedule = make_schedule(config.optimizer, config.train.num_steps)
         self._key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self._pending = metrics.Accumulator()
+        self._profiling = False
         self._throughput = metrics.Throughput(
             tokens_per_step=config.data.batch_size * config.data.sequence_length,
             flops_per_token=self._method.flops_per_token,
@@ -181,7 +197,10 @@ class _Loop:
             before = report.seconds_so_far(config.workdir) if jax.process_index() == 0 else 0.0
             self._begun = time.perf_counter() - before
             self._enter_phase(step)
-            self._steps(state, batches)
+            try:
+                self._steps(state, batches)
+            finally:
+                self._end_profile()  # a run that ends inside the window keeps what was seen
 
     def _enter_phase(self, step: int) -> None:
         """Builds the programs of the method that step `step` belongs to, and frees the last's."""
@@ -198,6 +217,7 @@ class _Loop:
             num_microbatches=self._config.train.num_microbatches,
         )
         self._eval_step = train_step.make_eval_step(self._method.loss)
+        self._throughput.read()  # what is left was another program's
         self._throughput.flops_per_token = self._method.flops_per_token
         self._throughput.pause()
 
@@ -217,7 +237,7 @@ class _Loop:
                 self._throughput.step_done()
                 self._log(done - 1)
             last = done == train.num_steps
-            stopping = _agreed_to_stop(self._stop, done)
+            stopping = _agreed_to_stop(self._stop)
             if last or done % train.eval_every == 0:
                 self._drain(done)
                 self._evaluate(state, done)
@@ -225,6 +245,8 @@ class _Loop:
                 self._drain(done)
                 self._writer.flush()
                 self._checkpoints.save(state)
+                if jax.process_count() > 1:  # Orbax has asked JAX too, with a number of its own
+                    stopping = _agreed_to_stop(self._stop) or stopping
                 self._throughput.pause()
             if stopping:
                 self._checkpoints.wait()
@@ -269,9 +291,15 @@ class _Loop:
         end = min(train.profile_start + train.profile_steps, train.num_steps)
         if step == first < end:
             jax.profiler.start_trace(str(epath.Path(self._config.workdir) / "profile"))
-        elif step == end > first:
+            self._profiling = True
+        elif step == end:
             jax.block_until_ready(state)
+            self._end_profile()
+
+    def _end_profile(self) -> None:
+        if self._profiling:
             jax.profiler.stop_trace()
+            self._profiling = False
 
 
 @contextlib.contextmanager
@@ -288,7 +316,12 @@ def _stop_signal() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _agreed_to_stop(stop: threading.Event, step: int) -> bool:
+# JAX stops at the first question after the notice, and knows it by its number: the numbers have no
+# gap and go on from run to run, which steps do not.
+_questions = itertools.count(1)
+
+
+def _agreed_to_stop(stop: threading.Event) -> bool:
     if jax.process_count() > 1:
-        return bool(multihost_utils.reached_preemption_sync_point(step))
+        return bool(multihost_utils.reached_preemption_sync_point(next(_questions)))
     return stop.is_set()

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from statistics import median
 from types import TracebackType
-from typing import IO, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 import jax
 from etils import epath
@@ -244,15 +244,20 @@ def _json_number(value: float) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def require_tensorboard() -> Any:
+    """The class that writes TensorBoard's files. Raises ImportError without the extra."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "train.tensorboard=True needs tensorboardX: pip install jaxlib-methods[tensorboard]"
+        ) from error
+    return SummaryWriter
+
+
 class _TensorBoard:
     def __init__(self, folder: epath.Path, start_step: int) -> None:
-        try:
-            from tensorboardX import SummaryWriter
-        except ImportError as error:
-            raise ImportError(
-                "train.tensorboard=True needs tensorboardX: pip install jaxlib-methods[tensorboard]"
-            ) from error
-        self._writer = SummaryWriter(str(folder), purge_step=start_step)
+        self._writer = require_tensorboard()(str(folder), purge_step=start_step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxlib_methods import registry
 from jaxlib_methods.method import Context, Method, Pretrained
 from jaxlib_methods.models import partitioning
-from jaxlib_methods.train import checkpoint, data
+from jaxlib_methods.train import checkpoint, data, metrics
 from jaxlib_methods.train.checkpoint import Record
 from jaxlib_methods.train.config import DataConfig, MeshConfig, RunConfig
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +36,11 @@ def prerequisites(config: RunConfig) -> dict[str, RunConfig]:
         value = getattr(config.method_config, field.name)
         if isinstance(value, str) and value.startswith("preset:"):
             base = presets.get(value.removeprefix("preset:"))
+            if prerequisites(base):
+                raise ValueError(
+                    f"{config.method}.{field.name}={value} needs a run of its own first; train it, "
+                    f"then give its workdir as {config.method}.{field.name}"
+                )
             length = max(base.model.max_length, config.data.sequence_length)
             model = dataclasses.replace(
                 base.model, vocab_size=config.model.vocab_size, max_length=length
@@ -56,8 +61,10 @@ def baseline_of(config: RunConfig) -> RunConfig:
     return dataclasses.replace(
         config,
         method="next_token",
+        preset="",
         method_config=None,
         compare=False,
+        checkpoint=dataclasses.replace(config.checkpoint, restore_from=None),
         workdir=str(epath.Path(config.workdir) / "baseline"),
     )
 
@@ -73,7 +80,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: RunConfig) -> Prepared:
-    """Reads and checks what a run needs; touches no device and changes no file.
+    """Reads and checks what a run needs; touches no device and makes no more than the workdir.
 
     Raises ValueError or OSError for what would not work.
     """
@@ -81,10 +88,12 @@ def prepare(config: RunConfig) -> Prepared:
     _check_vocabulary(config, tokenizer)
     method = _build(config, tokenizer)
     _check_given_weights(config, tokenizer)
-    _make_folder(config.workdir)
+    if config.train.tensorboard:
+        metrics.require_tensorboard()
     dataset, validation = _open_datasets(config.data)
-    record = Record(config, tokenizer.fingerprint, dataset.fingerprint)
+    record = Record(config, tokenizer.fingerprint, dataset.fingerprint, method.until)
     _check_records(config, record)
+    _make_folder(config.workdir)
     return Prepared(config, record, method, dataset, validation)
 
 

@@ -68,7 +68,9 @@ def _published(shape: str, *, microbatches: int) -> RunConfig:
     return RunConfig(
         method="late_to_early",
         model=PUBLISHED[shape],
-        data=DataConfig(source="", tokenizer="", sequence_length=2048, batch_size=512),
+        data=DataConfig(
+            source="", tokenizer="", sequence_length=2048, batch_size=512, cache="token_cache"
+        ),
         train=TrainConfig(
             num_steps=TWENTY_BILLION_TOKENS,
             num_microbatches=microbatches,
@@ -99,7 +101,10 @@ def _transformer_1b() -> RunConfig:
     )
 
 
-_TEXT = ("--data.source=FILES", "--data.tokenizer=TEACHER/tokenizer.json")
+_TEXT = (
+    "--data.source=FILES",
+    "--data.tokenizer=TEACHER/tokenizer.json",
+)
 _LET_NEEDS = (*_TEXT, "--late_to_early.teacher=TEACHER")
 
 _TABLE: dict[str, Preset] = {

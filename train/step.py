@@ -78,7 +78,8 @@ def make_train_step(
     """`step(state, extra, batch, key) -> (state, metrics)`, jitted; the state is donated.
 
     The loss gets the run's key folded with the step, so that a restart draws what an unbroken run
-    would have drawn. Adds the metrics `gradient_norm` (before clipping) and `learning_rate`.
+    would have drawn. Adds the metrics `gradient_norm` (before clipping), `parameter_norm` (after
+    the step) and `learning_rate`.
     """
 
     def train_step(
@@ -97,6 +98,7 @@ def make_train_step(
         params: Any = optax.apply_updates(state.params, updates)
         one = jnp.ones(())
         metrics["gradient_norm"] = (global_norm(grads), one)
+        metrics["parameter_norm"] = (global_norm(params), one)  # finite, or nothing is saved
         metrics["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
         return TrainState(state.step + 1, params, opt_state), metrics
 

@@ -67,9 +67,17 @@ class ByteTokenizer:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """The text of bytes; those that are not UTF-8 (a cut character) become U+FFFD."""
+        """The text of bytes; what is not UTF-8 (a cut character) becomes U+FFFD.
+
+        Ids from 256 on, which a model of a larger vocabulary may draw, are left out.
+        """
         raw = np.asarray(ids, np.int64)
-        return raw[raw != self.separator].astype(np.uint8).tobytes().decode(errors="replace")
+        return (
+            raw[(raw != self.separator) & (raw < self.vocab_size)]
+            .astype(np.uint8)
+            .tobytes()
+            .decode(errors="replace")
+        )
 
 
 class HuggingFaceTokenizer:

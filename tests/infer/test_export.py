@@ -9,7 +9,7 @@ import pytest
 
 from jaxlib_methods.infer import export
 from jaxlib_methods.infer.config import InferConfig
-from jaxlib_methods.infer.restore import Restored
+from jaxlib_methods.infer.restore import Restored, restore
 from jaxlib_methods.train import checkpoint
 
 
@@ -24,7 +24,10 @@ def test_exported_folder_holds_the_same_model(restored_on_eight: Restored, tmp_p
     jax.tree.map(np.testing.assert_array_equal, found.params, restored_on_eight.params)
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (values["bos_token_id"], values["eos_token_id"]) == (0, [0])
-    assert found.tokenizer is None  # bytes have no tokenizer.json
+    assert found.tokenizer == "bytes"  # which have no tokenizer.json
+    again = restore(str(tmp_path / "out"), mesh=restored_on_eight.mesh)
+    assert (again.first_token, again.stop_tokens) == (0, (0,))
+    assert again.tokenizer.decode([104, 105]) == "hi"
 
 
 def test_nothing_is_overwritten(restored: Restored, tmp_path: Path) -> None:

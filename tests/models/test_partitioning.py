@@ -197,6 +197,14 @@ def test_more_tensor_parts_than_key_heads_is_refused_with_the_possible_sizes(ten
         partitioning.param_shardings(abstract_params(), abstract_mesh(tensor=tensor))
 
 
+def test_a_foreign_model_is_cut_where_it_can_be():
+    mesh = abstract_mesh(tensor=4, fsdp=2)
+    found = partitioning.param_shardings(abstract_params(), mesh, indivisible="whole")
+    attention = found["blocks"]["attention"]  # 4 query heads, 2 key heads
+    assert attention["query"]["kernel"].spec == P(None, "fsdp", "tensor", None)
+    assert attention["key"]["kernel"].spec == P(None, "fsdp", None, None)
+
+
 def test_possible_sizes_divide_every_dimension_that_is_cut():
     tree = {"a": boxed(("mlp",), 12), "b": boxed(("heads", None), 18, 5), "c": boxed(("embed",), 7)}
     with pytest.raises(

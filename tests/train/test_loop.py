@@ -14,6 +14,7 @@ import pytest
 
 from jaxlib_methods import next_token, registry
 from jaxlib_methods.late_to_early import LateToEarlyConfig
+from jaxlib_methods.models import huggingface
 from jaxlib_methods.models.partitioning import make_mesh
 from jaxlib_methods.train import checkpoint, loop, metrics, prepare, presets
 from jaxlib_methods.train.config import TrainConfig
@@ -133,6 +134,24 @@ def test_after_the_stop_step_the_teacher_has_left_the_device(teacher, tiny, tmp_
     start(tiny(tmp_path, eval_every=1, num_steps=4, **let(teacher, stop_step=2)))
     assert alive[1] == alive[2] > 0
     assert alive[3] == alive[4] == 0
+
+
+def test_a_hugging_face_folder_teaches_like_the_run_it_came_from(
+    teacher, tiny, shared, tmp_path, read_metrics
+):
+    whole = shared / "late_to_early"
+    start(tiny(whole, **let(teacher)))
+    found = checkpoint.load_pretrained(teacher, mesh=MESH)
+    folder = tmp_path / "folder"
+    huggingface.save_params(folder, found.params, found.config)
+    start(tiny(tmp_path / "run", **let(folder)))
+    assert read_metrics(tmp_path / "run") == read_metrics(whole)
+
+
+def test_a_longer_run_keeps_its_stop_step(teacher, tiny, tmp_path):
+    start(tiny(tmp_path, num_steps=4, **let(teacher)))
+    with pytest.raises(ValueError, match="at step 2, this run at 4"):
+        loop.prepare(tiny(tmp_path, num_steps=8, **let(teacher)))
 
 
 def test_learned_resize_resumes_and_is_left_out_of_the_model(teacher, tiny, tmp_path, read_metrics):

@@ -128,13 +128,11 @@ def context_of(model: TransformerConfig, mesh: Mesh | None) -> Context:
 
 
 def build(kind: str, teacher: str, mesh: Mesh) -> Method:
-    """LET with a learned resize, or plain training with remat (and two micro-batches)."""
+    """LET, or plain training with remat."""
     model = STUDENT if kind == "late_to_early" else dataclasses.replace(STUDENT, remat="dots")
     cfg: Any = next_token.NextTokenConfig()
     if kind == "late_to_early":
-        cfg = late_to_early.LateToEarlyConfig(
-            teacher=teacher, weight=1.0, stop_fraction=1.0, resize="learned_linear"
-        )
+        cfg = late_to_early.LateToEarlyConfig(teacher=teacher, weight=1.0, stop_fraction=1.0)
     return registry.build(kind, cfg, context_of(model, mesh))
 
 
@@ -168,7 +166,7 @@ def three_steps(kind: str, teacher: str, mesh: Mesh, capfd: pytest.CaptureFixtur
             optimizer,
             make_schedule(config, NUM_STEPS),
             abstract,
-            num_microbatches=2 if kind == "next_token" else 1,
+            num_microbatches=2,
         )
         placed = NamedSharding(mesh, partitioning.batch_spec())
         arguments = extra, jax.device_put(packed_batch(), placed), jax.random.key(2)
