@@ -195,10 +195,6 @@ class RunConfig:
             f"got {type(self.method_config).__name__}",
         )
         _require(
-            not (self.compare and self.method == "next_token"),
-            "compare=true adds the baseline next_token, which this run is itself; leave it out",
-        )
-        _require(
             self.data.sequence_length <= self.model.max_length,
             f"data.sequence_length={self.data.sequence_length} is longer than "
             f"model.max_length={self.model.max_length}",

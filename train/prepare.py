@@ -18,7 +18,14 @@ from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
 
 
 def plan(config: RunConfig) -> dict[str, RunConfig]:
-    """The runs that `run` trains, in order: field name, method or `baseline` -> configuration."""
+    """The runs that `run` trains, in order: field name, method or `baseline` -> configuration.
+
+    Raises ValueError where the run would be its own baseline.
+    """
+    if config.compare and config.method == "next_token":
+        raise ValueError(
+            "compare=true adds the baseline next_token, which this run is itself; leave it out"
+        )
     runs = {**prerequisites(config), config.method: config}
     return {**runs, "baseline": baseline_of(config)} if config.compare else runs
 

@@ -321,6 +321,12 @@ def test_what_cannot_be_is_known_before_the_teacher_is_trained(tiny, tmp_path):
         loop.run(tiny(tmp_path / "run", **let("preset:nothing")))
 
 
+def test_a_baseline_is_not_compared_with_itself(tiny, tmp_path):
+    with pytest.raises(ValueError, match="which this run is itself"):
+        loop.run(tiny(tmp_path / "run", compare=True))
+    assert not (tmp_path / "run").exists()
+
+
 def test_profile_covers_its_window_and_no_other(tiny, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: calls.append(("start", folder)))
