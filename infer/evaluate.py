@@ -60,8 +60,12 @@ def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = N
 
     with jax.set_mesh(restored.mesh):
         batches = _batches(dataset, cfg.batch_size, max_batches, restored)
-        pairs = [sums(restored.params, batch) for batch in batches]
-    total, count = np.sum(np.array(jax.device_get(pairs), np.float64), axis=0)
+        waiting, totals = [], np.zeros(2)
+        for batch in batches:
+            waiting.append(sums(restored.params, batch))
+            if len(waiting) > 1:  # one behind: reading a sum waits for it, and its batch is freed
+                totals += jax.device_get(waiting.pop(0))
+        total, count = totals + jax.device_get(waiting.pop())
     nats = float(total / count)
     return Evaluation(nats, nats / (math.log(2) * dataset.bytes_per_token), int(count))
 
