@@ -29,8 +29,8 @@ ATTENTIONS = ("sdpa", "eager")
 
 def _import_torch() -> tuple[Any, Any]:
     try:
-        import torch
-        import transformers
+        import torch  # pyright: ignore[reportMissingImports]
+        import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SystemExit(
             f"torch_step.py cannot import {error.name}; pip install jaxlib-methods[oracle]"

@@ -75,8 +75,8 @@ GOLDEN = ("llama", "qwen2", "qwen3", "gpt_neox", "opt")
 
 def make_model(name: str) -> Any:
     """A torch model in which every parameter, biases and norms too, is random and matters."""
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     config = VARIANTS[name]
     settings = {key: value for key, value in config.items() if key != "model_type"}
@@ -105,7 +105,7 @@ def run(model: Any) -> dict[str, np.ndarray]:
     hidden[k] is the residual stream after block k, but the last is the one after the final norm:
     that is what transformers gives.
     """
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     with torch.no_grad():
         out = model(torch.tensor(make_tokens()), output_hidden_states=True)
