@@ -224,6 +224,30 @@ def test_one_device_and_eight_train_alike(run_on: Any, kind: str, mesh: str):
     assert_close(eight.states[2], one.states[2], rtol=RTOL[kind], what="state")
 
 
+def test_a_learned_resize_has_the_same_gradient_on_eight_devices(teacher: str):
+    cfg = late_to_early.LateToEarlyConfig(
+        teacher=teacher, weight=1.0, stop_fraction=1.0, resize="learned_linear"
+    )
+    found = []
+    for mesh in (one_device(), mesh_of("fsdp_tensor")):
+        method = registry.build("late_to_early", cfg, context_of(STUDENT, mesh))
+        optimizer = make_optimizer(OPTIMIZERS["late_to_early"], NUM_STEPS)
+        abstract = train_state.abstract_state(method, optimizer, mesh)
+        with jax.set_mesh(mesh):
+            params = train_state.create_state(method, optimizer, abstract, jax.random.key(0)).params
+            batch = jax.device_put(packed_batch(), NamedSharding(mesh, partitioning.batch_spec()))
+            slope: Any = jax.jit(jax.value_and_grad(method.loss, has_aux=True))
+            extra, key = method.init(jax.random.key(1)), jax.random.key(2)
+            found.append(
+                jax.device_get(slope(params, extra, batch, step=jax.numpy.int32(0), key=key))
+            )
+    (one, _), one_slope = found[0]
+    (eight, _), eight_slope = found[1]
+    assert "alignment" in one_slope
+    np.testing.assert_allclose(eight, one, rtol=1e-5)
+    assert_close(eight_slope, one_slope, rtol=1e-5, what="gradient")
+
+
 @on_every_mesh
 @by_both_methods
 def test_no_program_is_rematerialised_against_its_shardings(run_on: Any, kind: str, mesh: str):
