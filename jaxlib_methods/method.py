@@ -52,6 +52,7 @@ class Pretrained(NamedTuple):
     config: Any  # its TransformerConfig
     params: Params  # sharded like a model of our own; None where they were not asked for
     tokenizer: str | None  # fingerprint of its tokenizer, None where the folder has none
+    version: str = ""  # another one where the weights are others
 
 
 class LoadPretrained(Protocol):

@@ -8,6 +8,7 @@ Neither direction needs torch or transformers. Folders are local.
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -41,6 +42,7 @@ __all__ = [
     "weight_files",
 ]
 
+_SAMPLE_BYTES = 1 << 16
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -149,6 +151,19 @@ def weight_files(folder: Path) -> list[str]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} lacks {file}, which {INDEX_FILE} names")
     return files
+
+
+def weights_version(folder: Path) -> str:
+    """A hash that differs where a folder's weights do: of sizes, heads and tails of its files."""
+    digest = hashlib.sha256()
+    for name in weight_files(folder):
+        with (folder / name).open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{name} {size} ".encode())
+            for begin in (0, max(0, size - _SAMPLE_BYTES)):
+                file.seek(begin)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:32]
 
 
 def check_weights(folder: Folder, cfg: TransformerConfig) -> None:

@@ -50,6 +50,7 @@ class Record(NamedTuple):
     tokenizer: str  # fingerprint
     corpus: str  # fingerprint
     until: int | None = None  # the step at which the method becomes another
+    pretrained: str = ""  # versions of the finished models that the method reads
 
 
 def write_config(workdir: epath.PathLike, record: Record) -> None:
@@ -82,7 +83,11 @@ def read_record(workdir: epath.PathLike) -> Record | None:
         )
     try:
         return Record(
-            from_dict(values["run"]), values["tokenizer"], values["corpus"], values.get("until")
+            from_dict(values["run"]),
+            values["tokenizer"],
+            values["corpus"],
+            values.get("until"),
+            values.get("pretrained", ""),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a run of this version: {error}") from error
@@ -100,8 +105,14 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
 
 def has_checkpoint(workdir: epath.PathLike) -> bool:
     """Whether a run has a whole checkpoint; one that is being written has another name."""
-    folder = epath.Path(workdir) / FOLDER
-    return folder.exists() and any(step.name.isdigit() for step in folder.iterdir())
+    return bool(_newest(epath.Path(workdir)))
+
+
+def _newest(workdir: epath.Path) -> str:
+    folder = workdir / FOLDER
+    names = [step.name for step in folder.iterdir()] if folder.exists() else []
+    steps = [int(name) for name in names if name.isdigit()]
+    return f"step {max(steps)}" if steps else ""
 
 
 def _to_json(record: Record) -> dict[str, Any]:
@@ -111,6 +122,7 @@ def _to_json(record: Record) -> dict[str, Any]:
         "tokenizer": record.tokenizer,
         "corpus": record.corpus,
         "until": record.until,
+        "pretrained": record.pretrained,
     }
 
 
@@ -139,6 +151,12 @@ def check_same_run(saved: Record, current: Record, *, where: object) -> None:
             f"the run in {where} ends its method's first part at step {saved.until}, this run at "
             f"{current.until}, which follows from train.num_steps; give the same length, or that "
             "step itself"
+        )
+    if saved.pretrained != current.pretrained:
+        raise ValueError(
+            f"the finished model that {where} learns from has changed since then, from "
+            f"{saved.pretrained!r} to {current.pretrained!r}; give the same model, or another "
+            "--workdir"
         )
     if saved.tokenizer != current.tokenizer or saved.corpus != current.corpus:
         what = "corpus" if saved.tokenizer == current.tokenizer else "tokenizer"
@@ -302,7 +320,7 @@ def _load_run(
     if not has_checkpoint(folder):
         raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish first")
     if not weights:
-        return Pretrained(record.config.model, None, record.tokenizer)
+        return Pretrained(record.config.model, None, record.tokenizer, _newest(folder))
     assert mesh is not None
     with ocp.training.Checkpointer(folder / FOLDER) as checkpointer:
         abstract = abstract_params(record.config.model, mesh)
@@ -325,7 +343,8 @@ def _load_huggingface(
     tokenizer = tokenizer or values.get(TOKENIZER_KEY)
     if not weights:
         huggingface.check_weights(Path(folder), config)
-        return Pretrained(config, None, tokenizer)
+        version = huggingface.weights_version(Path(folder))
+        return Pretrained(config, None, tokenizer, version)
     assert mesh is not None
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_params(config, mesh))
     params = huggingface.load_params(folder, config, shardings=shardings, dtype=dtype)

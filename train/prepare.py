@@ -93,12 +93,14 @@ def prepare(config: RunConfig) -> Prepared:
     """
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
     _check_vocabulary(config, tokenizer)
-    method = _build(config, tokenizer)
+    method, versions = _build(config, tokenizer)
     _check_given_weights(config, tokenizer)
     if config.train.tensorboard:
         metrics.require_tensorboard()
     dataset, validation = _open_datasets(config.data)
-    record = Record(config, tokenizer.fingerprint, dataset.fingerprint, method.until)
+    record = Record(
+        config, tokenizer.fingerprint, dataset.fingerprint, method.until, "; ".join(versions)
+    )
     _check_records(config, record)
     _make_folder(config.workdir)
     return Prepared(config, record, method, dataset, validation)
@@ -122,8 +124,12 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _build(config: RunConfig, tokenizer: Tokenizer) -> Method:
-    """The method, its `preset:NAME` values replaced by the runs that they stand for."""
+def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
+    """The method, its `preset:NAME` values replaced by the runs that they stand for.
+
+    Also the versions of the finished models that it asked for; a planned run has none yet.
+    """
+    versions: list[str] = []
     planned = {run.workdir: run for run in prerequisites(config).values()}
     folders = {name: run.workdir for name, run in prerequisites(config).items()}
 
@@ -131,7 +137,10 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> Method:
         if not weights and source in planned:
             return Pretrained(planned[source].model, None, tokenizer.fingerprint)
         mesh = mesh_of(config.mesh) if weights else None
-        return checkpoint.load_pretrained(source, mesh=mesh, weights=weights, dtype=dtype)
+        found = checkpoint.load_pretrained(source, mesh=mesh, weights=weights, dtype=dtype)
+        if not weights:
+            versions.append(found.version)
+        return found
 
     context = Context(
         model=config.model,
@@ -141,7 +150,7 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> Method:
         load_pretrained=load_pretrained,
     )
     method_config = dataclasses.replace(config.method_config, **folders)
-    return registry.build(config.method, method_config, context)
+    return registry.build(config.method, method_config, context), versions
 
 
 def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:

@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from jaxlib_methods.late_to_early import LateToEarlyConfig
-from jaxlib_methods.models import partitioning
+from jaxlib_methods.models import huggingface, partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.huggingface import config_to_huggingface
 from jaxlib_methods.models.transformer import init_params
@@ -268,6 +268,17 @@ def test_what_may_change_between_starts():
         data=DataConfig(sequence_length=8, num_threads=5, cache="folder"),
     )
     checkpoint.check_same_run(RECORD, RECORD._replace(config=current), where="w")
+
+
+def test_another_teacher_is_refused(tmp_path):
+    record = RECORD._replace(pretrained="step 4")
+    with pytest.raises(ValueError, match=r"from 'step 4' to 'step 8'; give the same model"):
+        checkpoint.check_same_run(record, RECORD._replace(pretrained="step 8"), where="w")
+    one, other = (make_huggingface(tmp_path / name, weights=True) for name in ("one", "other"))
+    assert huggingface.weights_version(one) == huggingface.weights_version(other)
+    tail = {"lm_head.weight": np.array([[0, 0], [0, 1]], np.float32)}
+    save_file(tail, other / "model.safetensors")
+    assert huggingface.weights_version(one) != huggingface.weights_version(other)
 
 
 def test_a_longer_run_does_not_move_the_step_at_which_its_method_changes():
