@@ -38,7 +38,7 @@ def restore(workdir: str, *, mesh: Mesh, step: int | None = None) -> Restored:
     Raises FileNotFoundError or ValueError where there is no such model.
     """
     folder = epath.Path(workdir).expanduser()
-    if (folder / checkpoint.FOLDER).exists():
+    if checkpoint.checkpoints_folder(folder).exists():
         return _restore_run(folder, mesh, step)
     if step is not None:
         raise ValueError(f"--step={step} is for a run; {workdir} holds no checkpoints")
@@ -56,7 +56,7 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None) -> Restored:
             f"data.tokenizer={config.data.tokenizer} has changed since the run in {folder} was "
             "trained; its ids mean something else now"
         )
-    with ocp.training.Checkpointer(folder / checkpoint.FOLDER) as checkpointer:
+    with ocp.training.Checkpointer(checkpoint.checkpoints_folder(folder)) as checkpointer:
         steps = sorted(int(found.step) for found in checkpointer.checkpoints)
         if not steps:
             raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish one")

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,13 +104,19 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     return values
 
 
+def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
+    """WORKDIR/checkpoints as an absolute path: Orbax fails on a relative one, in mid-save."""
+    folder = epath.Path(workdir).expanduser() / FOLDER
+    return folder if "://" in str(folder) else epath.Path(os.path.abspath(folder))
+
+
 def has_checkpoint(workdir: epath.PathLike) -> bool:
     """Whether a run has a whole checkpoint; one that is being written has another name."""
     return bool(_newest(epath.Path(workdir)))
 
 
 def _newest(workdir: epath.Path) -> str:
-    folder = workdir / FOLDER
+    folder = checkpoints_folder(workdir)
     names = [step.name for step in folder.iterdir()] if folder.exists() else []
     steps = [int(name) for name in names if name.isdigit()]
     return f"step {max(steps)}" if steps else ""
@@ -186,7 +193,7 @@ def restore_run(
     workdir: epath.PathLike, abstract: TrainState, model: TransformerConfig
 ) -> TrainState:
     """The newest state of another run, to go on from in this one's workdir."""
-    with ocp.training.Checkpointer(epath.Path(workdir) / FOLDER) as checkpointer:
+    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
         return _load_state(checkpointer, abstract, model)
 
 
@@ -194,7 +201,7 @@ class Checkpoints:
     """The checkpoints of one run. A context manager; leaving it waits for a save under way."""
 
     def __init__(self, workdir: epath.PathLike, *, keep: int, record: Record) -> None:
-        self._folder = epath.Path(workdir) / FOLDER
+        self._folder = checkpoints_folder(workdir)
         self._record = record
         logging.getLogger("absl").addFilter(_not_a_traceback)  # Orbax logs them many times over
         with self._one_error():
@@ -322,7 +329,7 @@ def _load_run(
     if not weights:
         return Pretrained(record.config.model, None, record.tokenizer, _newest(folder))
     assert mesh is not None
-    with ocp.training.Checkpointer(folder / FOLDER) as checkpointer:
+    with ocp.training.Checkpointer(checkpoints_folder(folder)) as checkpointer:
         abstract = abstract_params(record.config.model, mesh)
         params = checkpointer.load_checkpointables(None, {"params": abstract})["params"]
     return Pretrained(record.config.model, _cast(params, dtype), record.tokenizer)

@@ -321,6 +321,14 @@ def test_what_cannot_be_is_known_before_the_teacher_is_trained(tiny, tmp_path):
         loop.run(tiny(tmp_path / "run", **let("preset:nothing")))
 
 
+def test_a_relative_workdir_is_enough(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(tiny("runs/one", num_steps=2, every=1))
+    start(tiny("runs/two", num_steps=2, **let("runs/one")))
+    assert len(os.listdir("runs/one/checkpoints")) == 2
+    assert checkpoint.load_pretrained("runs/two", mesh=MESH).params
+
+
 def test_a_baseline_is_not_compared_with_itself(tiny, tmp_path):
     with pytest.raises(ValueError, match="which this run is itself"):
         loop.run(tiny(tmp_path / "run", compare=True))
