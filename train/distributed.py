@@ -1,12 +1,18 @@
-"""Starting `jax.distributed` where a run has more than one process."""
+"""Starting `jax.distributed` where a run has more than one process, and stopping it together."""
 
+import contextlib
 import importlib.util
 import os
+import signal
 import socket
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PORT = 8476
 TIMEOUT_SECS = 3600  # a host may tokenise its corpus first
@@ -84,3 +90,44 @@ def _from_hosts(listed: str, hostname: str) -> dict:
         "num_processes": len(hosts),
         "process_id": short.index(mine),
     }
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets. Entered after `initialize`, whose handler it takes the place of.
+
+    JAX's own notice is not used: Orbax asks for it too, from a thread and with other numbers, and
+    a process that had passed the number agreed upon would never hear of it.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+class StopVote:
+    """Whether any process wants to stop, with the same answer at the same step on all of them.
+
+    The flags are summed on the devices and the sum is read one call later, so that no process
+    waits for the step under way.
+    """
+
+    def __init__(self, mesh: Mesh, stop: threading.Event) -> None:
+        self._stop, self._pending = stop, None
+        self._flags = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        self._count = len(self._flags.addressable_devices)
+        self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+    def __call__(self) -> bool:
+        """Called once a step by every process."""
+        if jax.process_count() == 1:
+            return self._stop.is_set()
+        flags = np.full(self._count, self._stop.is_set(), np.int32)
+        before = self._pending
+        self._pending = self._sum(jax.make_array_from_process_local_data(self._flags, flags))
+        return before is not None and int(before) > 0

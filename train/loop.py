@@ -1,8 +1,6 @@
 """A run from its configuration to its last checkpoint; see `run`."""
 
 import contextlib
-import itertools
-import signal
 import sys
 import threading
 import time
@@ -12,7 +10,6 @@ from typing import Any
 import jax
 import optax
 from etils import epath
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxlib_methods.method import Batch, Method
@@ -46,7 +43,7 @@ def run(config: RunConfig) -> None:
     for part in prepared.values():
         _place(part)  # where one does not fit the mesh, none has been announced or written yet
     runs = report.Runs()
-    with _stop_signal() as stop:
+    with distributed.stop_signal() as stop:
         for name, part in prepared.items():
             kind = part.config.preset or part.config.method
             _say(f"training the {name} ({kind}) in {part.config.workdir}")
@@ -154,7 +151,7 @@ class _Loop:
         config = prepared.config
         self._prepared, self._config, self._method = prepared, config, prepared.method
         self._optimizer, self._abstract, self._mesh = optimizer, abstract, mesh
-        self._checkpoints, self._stop = checkpoints, stop
+        self._checkpoints, self._stop = checkpoints, distributed.StopVote(mesh, stop)
         self._schedule = make_schedule(config.optimizer, config.train.num_steps)
         self._key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self._pending = metrics.Accumulator()
@@ -237,7 +234,7 @@ class _Loop:
                 self._throughput.step_done()
                 self._log(done - 1)
             last = done == train.num_steps
-            stopping = _agreed_to_stop(self._stop)
+            stopping = self._stop()
             if last or done % train.eval_every == 0:
                 self._drain(done)
                 self._evaluate(state, done)
@@ -245,8 +242,6 @@ class _Loop:
                 self._drain(done)
                 self._writer.flush()
                 self._checkpoints.save(state)
-                if jax.process_count() > 1:  # Orbax has asked JAX too, with a number of its own
-                    stopping = _agreed_to_stop(self._stop) or stopping
                 self._throughput.pause()
             if stopping:
                 self._checkpoints.wait()
@@ -300,28 +295,3 @@ class _Loop:
         if self._profiling:
             jax.profiler.stop_trace()
             self._profiling = False
-
-
-@contextlib.contextmanager
-def _stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets; with several processes JAX's own notice is used instead."""
-    stop = threading.Event()
-    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-# JAX stops at the first question after the notice, and knows it by its number: the numbers have no
-# gap and go on from run to run, which steps do not.
-_questions = itertools.count(1)
-
-
-def _agreed_to_stop(stop: threading.Event) -> bool:
-    if jax.process_count() > 1:
-        return bool(multihost_utils.reached_preemption_sync_point(next(_questions)))
-    return stop.is_set()
