@@ -64,7 +64,7 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None) -> Restored:
             known = ", ".join(map(str, steps))
             raise ValueError(f"{folder} has no checkpoint of step {step}; there are {known}")
         chosen = steps[-1] if step is None else step
-        abstract = {"params": checkpoint.abstract_params(config.model, mesh)}
+        abstract = {"params": checkpoint.abstract_run_params(config, mesh)}
         params = checkpointer.load_checkpointables(chosen, abstract)["params"]
     first = tokenizer.separator
     return Restored(config, config.model, params, tokenizer, chosen, mesh, first, (first,))

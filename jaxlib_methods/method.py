@@ -5,10 +5,11 @@ follows it. Flags, presets, sharding, checkpoints and metrics come from the trai
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 # A metric is a pair (sum, count): summed over micro-batches, hosts and steps, divided once.
 Metrics = dict[str, tuple[jax.Array, jax.Array]]
@@ -46,6 +47,45 @@ class LossFn(Protocol):
     ) -> tuple[jax.Array, Metrics]: ...
 
 
+class StatefulLossFn(Protocol):
+    """`loss(params, extra, batch, state, *, step, key) -> (scalar, metrics, new state)`.
+
+    Of a method with `init_state`. The state is an argument like the batch, without a gradient.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        extra: Extra,
+        batch: Any,
+        state: Any,
+        *,
+        step: jax.Array,
+        key: jax.Array,
+    ) -> tuple[jax.Array, Metrics, Any]: ...
+
+
+class Dataset(Protocol):
+    """Examples by global index; the loop asks for nothing else.
+
+    num_examples: of the validation split, or of one epoch. sequence_length: tokens (targets) of an
+    example. bytes_per_token: of text; None where losses are not of text. fingerprint: another one
+    where the examples are others.
+    """
+
+    num_examples: int
+    sequence_length: int
+    bytes_per_token: float | None
+    fingerprint: str
+
+    def rows(self, indices: Sequence[int] | np.ndarray) -> Any:
+        """The examples as a NamedTuple of numpy arrays `[len(indices), ...]`.
+
+        The training split is endless; behind the end of the validation split rows count nothing.
+        """
+        ...
+
+
 class Pretrained(NamedTuple):
     """A finished model: what `LoadPretrained` gives for a run's or a Hugging Face folder."""
 
@@ -73,6 +113,7 @@ class Context:
     model: Any  # the student's TransformerConfig
     num_steps: int  # optimiser steps of the whole run
     sequence_length: int  # tokens
+    batch_size: int  # rows of a micro-batch, over all devices
     tokenizer: str  # fingerprint of the run's tokenizer
     load_pretrained: LoadPretrained
 
@@ -85,16 +126,27 @@ class Method:
         trainer inside `jit`, so that they are born sharded).
     init: key -> what is not a parameter (LET: the frozen teacher). Not traced: it may read files.
         A restart calls it again and must get the same.
-    loss: see `LossFn`.
+    loss: see `LossFn`, or `StatefulLossFn` where there is an `init_state`.
     flops_per_token: analytic training FLOPs per token of a sequence of the run's length,
         forward and backward, multiply and add counted apart.
     until, then: from optimiser step `until` on the run continues as `then`. The program of
         `then` contains nothing of this method, and `extra` is freed.
+    init_state: key -> what a step changes beside the parameters (EBT: the replay buffer), boxed
+        like them and part of every checkpoint.
+    evaluate: what validation computes; None: the loss. A method with a state must give it.
+    rate_factors: top-level name of parameters -> factor on their learning rate.
+    dataset: split -> the examples, where they are not the text of `data.source`.
+    monitor: the metrics of a logged step -> one sentence about what has gone wrong, or None.
     """
 
     init_params: Callable[[jax.Array], Params]
     init: Callable[[jax.Array], Extra]
-    loss: LossFn
+    loss: Callable[..., Any]
     flops_per_token: float
     until: int | None = None
     then: "Method | None" = None
+    init_state: Callable[[jax.Array], Any] | None = None
+    evaluate: LossFn | None = None
+    rate_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    dataset: Callable[[Literal["train", "validation"]], Dataset] | None = None
+    monitor: Callable[[Mapping[str, float]], str | None] | None = None

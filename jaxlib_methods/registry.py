@@ -1,25 +1,54 @@
-"""The one table of methods: name -> (configuration, maker)."""
+"""The one table of methods: name -> (configuration, maker, and what differs from the usual)."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
+
+import jax
 
 from jaxlib_methods import late_to_early, next_token
 from jaxlib_methods.method import Context, Method
+from jaxlib_methods.models import transformer
+from jaxlib_methods.models.config import TransformerConfig
 
-METHODS: dict[str, tuple[type, Callable[[Any, Context], Method]]] = {
-    "next_token": (next_token.NextTokenConfig, next_token.make),
-    "late_to_early": (late_to_early.LateToEarlyConfig, late_to_early.make),
+
+class Entry(NamedTuple):
+    """A method of the table.
+
+    config: its configuration, a frozen dataclass. make: builds it for a run. baseline: the method
+    that `--compare` trains beside it. init_model: (model, config, key) -> the boxed parameters
+    that inference needs; None: those of `Transformer(model)`.
+    """
+
+    config: type
+    make: Callable[[Any, Context], Method]
+    baseline: str = "next_token"
+    init_model: Callable[[TransformerConfig, Any, jax.Array], Any] | None = None
+
+
+METHODS: dict[str, Entry] = {
+    "next_token": Entry(next_token.NextTokenConfig, next_token.make),
+    "late_to_early": Entry(late_to_early.LateToEarlyConfig, late_to_early.make),
 }
+
+
+def entry(name: str) -> Entry:
+    """A method of the table. Raises ValueError for an unknown name."""
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; choose one of {sorted(METHODS)}")
+    return METHODS[name]
 
 
 def config_class(name: str) -> type:
     """The configuration dataclass of a method. Raises ValueError for an unknown name."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; choose one of {sorted(METHODS)}")
-    return METHODS[name][0]
+    return entry(name).config
 
 
 def build(name: str, config: Any, context: Context) -> Method:
     """Makes the method `name` for a run. Raises ValueError for an unknown name."""
-    config_class(name)
-    return METHODS[name][1](config, context)
+    return entry(name).make(config, context)
+
+
+def init_model(name: str, model: TransformerConfig, config: Any, key: jax.Array) -> Any:
+    """Boxed parameters of the model that the method `name` trains, without the method's own."""
+    init = entry(name).init_model
+    return transformer.init_params(model, key) if init is None else init(model, config, key)

@@ -22,10 +22,10 @@ from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from jaxlib_methods import registry
 from jaxlib_methods.method import Pretrained
 from jaxlib_methods.models import huggingface, huggingface_config, partitioning
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.transformer import init_params
 from jaxlib_methods.train.config import RunConfig, from_dict, to_dict
 from jaxlib_methods.train.state import TrainState
 from jaxlib_methods.train.tokenizer import load_tokenizer
@@ -189,12 +189,10 @@ def check_same_architecture(
             )
 
 
-def restore_run(
-    workdir: epath.PathLike, abstract: TrainState, model: TransformerConfig
-) -> TrainState:
+def restore_run(workdir: epath.PathLike, abstract: TrainState, config: RunConfig) -> TrainState:
     """The newest state of another run, to go on from in this one's workdir."""
     with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
-        return _load_state(checkpointer, abstract, model)
+        return _load_state(checkpointer, abstract, config)
 
 
 class Checkpoints:
@@ -224,8 +222,7 @@ class Checkpoints:
         step = int(state.step)
         if self.latest_step == step:
             return
-        params, added = _split(state.params, self._record.config.model)
-        optimizer = {"state": state.opt_state, "step": state.step, "method_params": added}
+        params, optimizer = _items(state, self._record.config)
         with self._one_error():
             self._checkpointer.save_checkpointables_async(
                 step,
@@ -235,7 +232,7 @@ class Checkpoints:
 
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest state, placed as `abstract` says, whatever mesh it was saved from."""
-        return _load_state(self._checkpointer, abstract, self._record.config.model)
+        return _load_state(self._checkpointer, abstract, self._record.config)
 
     def wait(self) -> None:
         """Waits for the save under way. Raises OSError where it could not be written."""
@@ -276,24 +273,29 @@ class _EveryCall:
         return True
 
 
-def _split(params: Any, model: TransformerConfig) -> tuple[Any, Any]:
-    """The parameters of the model itself, and those that the method adds."""
-    own = _names_of_params(model)
-    return (
-        {name: leaves for name, leaves in params.items() if name in own},
-        {name: leaves for name, leaves in params.items() if name not in own},
-    )
+def _items(state: TrainState, config: RunConfig) -> tuple[Any, Any]:
+    """The checkpointables: the parameters of the model itself, and all else."""
+    own = _names_of_params(config)
+    optimizer = {
+        "state": state.opt_state,
+        "step": state.step,
+        "method_params": {n: leaves for n, leaves in state.params.items() if n not in own},
+    }
+    if jax.tree.leaves(state.method_state):
+        optimizer["method_state"] = state.method_state
+    return {n: leaves for n, leaves in state.params.items() if n in own}, optimizer
 
 
 def _load_state(
-    checkpointer: ocp.training.Checkpointer, abstract: TrainState, model: TransformerConfig
+    checkpointer: ocp.training.Checkpointer, abstract: TrainState, config: RunConfig
 ) -> TrainState:
-    params, added = _split(abstract.params, model)
-    optimizer = {"state": abstract.opt_state, "step": abstract.step, "method_params": added}
+    params, optimizer = _items(abstract, config)
     loaded = checkpointer.load_checkpointables(None, {"params": params, "optimizer": optimizer})
     optimizer = loaded["optimizer"]
     params = {**loaded["params"], **optimizer["method_params"]}
-    return TrainState(optimizer["step"], params, optimizer["state"])
+    return TrainState(
+        optimizer["step"], params, optimizer["state"], optimizer.get("method_state", ())
+    )
 
 
 def load_pretrained(
@@ -324,13 +326,18 @@ def _load_run(
 ) -> Pretrained:
     record = read_record(folder)
     assert record is not None
+    if registry.entry(record.config.method).init_model is not None:
+        raise ValueError(
+            f"the run in {folder} trains a model of the method {record.config.method}, not a plain "
+            "transformer; give the run of another method, or a Hugging Face folder"
+        )
     if not has_checkpoint(folder):
         raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish first")
     if not weights:
         return Pretrained(record.config.model, None, record.tokenizer, _newest(folder))
     assert mesh is not None
     with ocp.training.Checkpointer(checkpoints_folder(folder)) as checkpointer:
-        abstract = abstract_params(record.config.model, mesh)
+        abstract = abstract_run_params(record.config, mesh)
         params = checkpointer.load_checkpointables(None, {"params": abstract})["params"]
     return Pretrained(record.config.model, _cast(params, dtype), record.tokenizer)
 
@@ -358,18 +365,28 @@ def _load_huggingface(
     return Pretrained(config, params, tokenizer)
 
 
+def _names_of_params(config: RunConfig) -> frozenset[str]:
+    return frozenset(_boxed_params(config.method, config.model, config.method_config))
+
+
 @functools.cache
-def _names_of_params(model: TransformerConfig) -> frozenset[str]:
-    return frozenset(_boxed_params(model))
-
-
-def _boxed_params(config: TransformerConfig) -> Any:
-    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+def _boxed_params(method: str, model: TransformerConfig, method_config: Any) -> Any:
+    return jax.eval_shape(
+        lambda: registry.init_model(method, model, method_config, jax.random.key(0))
+    )
 
 
 def abstract_params(config: TransformerConfig, mesh: Mesh) -> Any:
     """Shapes, dtypes and shardings of a trunk's parameters on a mesh, to load them into."""
-    boxed = _boxed_params(config)
+    return _abstract(_boxed_params("next_token", config, None), mesh)
+
+
+def abstract_run_params(config: RunConfig, mesh: Mesh) -> Any:
+    """Shapes, dtypes and shardings of the parameters that inference with a run needs."""
+    return _abstract(_boxed_params(config.method, config.model, config.method_config), mesh)
+
+
+def _abstract(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         partitioning.unbox(boxed),

@@ -91,7 +91,9 @@ def _place(prepared: Prepared) -> tuple[Mesh, optax.GradientTransformation, Trai
         spec=partitioning.batch_spec(),
         num_microbatches=config.train.num_microbatches,
     )
-    optimizer = make_optimizer(config.optimizer, config.train.num_steps)
+    optimizer = make_optimizer(
+        config.optimizer, config.train.num_steps, rate_factors=prepared.method.rate_factors
+    )
     return mesh, optimizer, train_state.abstract_state(prepared.method, optimizer, mesh)
 
 
@@ -119,7 +121,7 @@ def _first_state(
         _say(f"continuing from step {checkpoints.latest_step}")
         return checkpoints.restore(abstract)
     if given is not None:
-        state = checkpoint.restore_run(given, abstract, config.model)
+        state = checkpoint.restore_run(given, abstract, config)
         _say(f"continuing {given} from step {int(state.step)}")
         if int(state.step) >= config.train.num_steps:
             raise ValueError(
@@ -156,6 +158,7 @@ class _Loop:
         self._key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self._pending = metrics.Accumulator()
         self._profiling = False
+        self._warnings: set[str] = set()
         self._throughput = metrics.Throughput(
             tokens_per_step=config.data.batch_size * config.data.sequence_length,
             flops_per_token=self._method.flops_per_token,
@@ -213,7 +216,7 @@ class _Loop:
             self._abstract,
             num_microbatches=self._config.train.num_microbatches,
         )
-        self._eval_step = train_step.make_eval_step(self._method.loss)
+        self._eval_step = train_step.make_eval_step(self._method)
         self._throughput.read()  # what is left was another program's
         self._throughput.flops_per_token = self._method.flops_per_token
         self._throughput.pause()
@@ -262,7 +265,15 @@ class _Loop:
         if due and step > self._first_step:
             values = self._pending.read()
             if values:
+                self._warn(step, values)
                 self._writer.write(step, values | self._throughput.read() | self._elapsed())
+
+    def _warn(self, step: int, values: dict[str, float]) -> None:
+        """Says once what the method sees going wrong."""
+        warning = self._method.monitor and self._method.monitor(values)
+        if warning and warning not in self._warnings:
+            self._warnings.add(warning)
+            _say(f"warning at step {step}: {warning}")
 
     def _elapsed(self) -> dict[str, float]:
         return {"train/elapsed_secs": time.perf_counter() - self._begun}

@@ -1,5 +1,6 @@
 """Optimisers and learning-rate schedules, composed from optax."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -65,8 +66,12 @@ def muon_dimensions(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(dimensions, params)
 
 
-def make_optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimizerConfig, num_steps: int, *, rate_factors: Mapping[str, float] | None = None
+) -> optax.GradientTransformation:
     """Global-norm clipping, then AdamW or Muon, with the schedule of `make_schedule`.
+
+    rate_factors: top-level name of parameters -> factor on their learning rate; 0 freezes them.
 
     Muon's updates are scaled to AdamW's root mean square (0.2), so that one learning rate serves
     both kinds of parameters.
@@ -97,7 +102,17 @@ def make_optimizer(cfg: OptimizerConfig, num_steps: int) -> optax.GradientTransf
             mask=decay_mask,
         )
     clip = optax.clip_by_global_norm(cfg.clip_norm) if cfg.clip_norm else optax.identity()
-    return optax.chain(clip, inner)
+    if not rate_factors:
+        return optax.chain(clip, inner)
+
+    def scale(updates: Any, params: Any) -> Any:
+        del params
+        return {
+            name: optax.tree.scale(rate_factors.get(name, 1.0), leaves)
+            for name, leaves in updates.items()
+        }
+
+    return optax.chain(clip, inner, optax.stateless(scale))
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -22,9 +22,10 @@ def plan(config: RunConfig) -> dict[str, RunConfig]:
 
     Raises ValueError where the run would be its own baseline.
     """
-    if config.compare and config.method == "next_token":
+    baseline = registry.entry(config.method).baseline
+    if config.compare and config.method == baseline:
         raise ValueError(
-            "compare=true adds the baseline next_token, which this run is itself; leave it out"
+            f"compare=true adds the baseline {baseline}, which this run is itself; leave it out"
         )
     runs = {**prerequisites(config), config.method: config}
     return {**runs, "baseline": baseline_of(config)} if config.compare else runs
@@ -64,10 +65,10 @@ def prerequisites(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def baseline_of(config: RunConfig) -> RunConfig:
-    """Plain next-token prediction on the same model, data, seed and budget."""
+    """The method's baseline on the same model, data, seed and budget."""
     return dataclasses.replace(
         config,
-        method="next_token",
+        method=registry.entry(config.method).baseline,
         preset="",
         method_config=None,
         compare=False,
@@ -146,6 +147,7 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
         model=config.model,
         num_steps=config.train.num_steps,
         sequence_length=config.data.sequence_length,
+        batch_size=config.data.batch_size // config.train.num_microbatches,
         tokenizer=tokenizer.fingerprint,
         load_pretrained=load_pretrained,
     )

@@ -1,6 +1,7 @@
 """The training state, born sharded."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,15 @@ SHARDED_SHARE = 0.95  # of the parameters' bytes, where the mesh has axes to cut
 
 
 class TrainState(NamedTuple):
-    """What an optimiser step changes. step: int32 scalar, the number of steps done."""
+    """What an optimiser step changes.
+
+    step: int32 scalar, the number of steps done. method_state: see `Method.init_state`.
+    """
 
     step: Any
     params: Any
     opt_state: Any
+    method_state: Any = ()
 
 
 def abstract_state(
@@ -35,18 +40,26 @@ def abstract_state(
     _check_sharded(params, shardings, mesh)
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_shardings = partitioning.shardings_like_params(opt_state, params, shardings, mesh)
+    boxed_state = jax.eval_shape(_init_state(method), jax.random.key(0))
+    method_state = partitioning.unbox(boxed_state)
+    state_shardings = partitioning.param_shardings(boxed_state, mesh)
     return TrainState(
         jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh)),
-        *(
-            jax.tree.map(
-                lambda leaf, sharding: jax.ShapeDtypeStruct(
-                    leaf.shape, leaf.dtype, sharding=sharding
-                ),
-                tree,
-                places,
-            )
-            for tree, places in ((params, shardings), (opt_state, opt_shardings))
-        ),
+        _placed(params, shardings),
+        _placed(opt_state, opt_shardings),
+        _placed(method_state, state_shardings),
+    )
+
+
+def _init_state(method: Method) -> Callable[[jax.Array], Any]:
+    return method.init_state or (lambda key: ())
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
     )
 
 
@@ -67,7 +80,8 @@ def create_state(
 
     def create(key: jax.Array) -> TrainState:
         params = partitioning.unbox(method.init_params(key))
-        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+        method_state = partitioning.unbox(_init_state(method)(key))
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), method_state)
 
     return jax.jit(create, out_shardings=shardings_of(abstract))(key)
 
@@ -87,12 +101,15 @@ def with_params(
 
     def create(key: jax.Array) -> Any:
         new = partitioning.unbox(method.init_params(key))
-        return {name: leaves for name, leaves in new.items() if name not in params}
+        added = {name: leaves for name, leaves in new.items() if name not in params}
+        return added, partitioning.unbox(_init_state(method)(key))
 
     added = {name: place for name, place in places.params.items() if name not in params}
-    params = {**params, **jax.jit(create, out_shardings=added)(key)}
+    new, method_state = jax.jit(create, out_shardings=(added, places.method_state))(key)
+    params = {**params, **new}
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), places.step), params, opt_state)
+    step = jax.device_put(jnp.zeros((), jnp.int32), places.step)
+    return TrainState(step, params, opt_state, method_state)
 
 
 def shardings_of(abstract: Any) -> Any:

@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_methods.method import Batch, LossFn, Metrics
+from jaxlib_methods.method import LossFn, Method, Metrics
 from jaxlib_methods.train.optimizer import global_norm
 from jaxlib_methods.train.state import TrainState, shardings_of
 
-TrainStep = Callable[[TrainState, Any, Batch, jax.Array], tuple[TrainState, Metrics]]
-EvalStep = Callable[[TrainState, Any, Batch, jax.Array], Metrics]
+TrainStep = Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Any, Any, jax.Array], Metrics]
 
 
-def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
-    """`[B, L]` fields to `[num_microbatches, B / num_microbatches, L]`.
+def split_microbatches(batch: Any, num_microbatches: int) -> Any:
+    """`[B, ...]` fields to `[num_microbatches, B / num_microbatches, ...]`.
 
     Micro-batch i holds rows i, i + n, ...: a device that holds neighbouring rows keeps them.
     """
@@ -28,47 +28,59 @@ def split_microbatches(batch: Batch, num_microbatches: int) -> Batch:
 
 
 def loss_and_gradients(
-    loss: LossFn,
+    loss: Callable[..., Any],
     params: Any,
     extra: Any,
-    batch: Batch,
+    batch: Any,
     *,
     step: jax.Array,
     key: jax.Array,
     num_microbatches: int = 1,
-) -> tuple[Any, Metrics]:
-    """Gradients of the scalar over the whole batch, and its metrics.
+    state: Any = (),
+) -> tuple[Any, Metrics, Any]:
+    """Gradients of the scalar over the whole batch, its metrics and the method's new state.
 
     A micro-batch's gradient is weighted by its number of tokens, `metrics["loss"][1]`, summed in
     the type of that number, float32 or better, and divided once, so that micro-batches of unequal
-    padding give the gradient of the whole batch.
+    padding give the gradient of the whole batch. The state goes from one to the next; without
+    leaves there is none, and the loss is a plain `LossFn`.
     """
+    stateful = bool(jax.tree.leaves(state))
 
-    def one(params: Any, batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
-        function = jax.grad(loss, has_aux=True)
-        return function(params, extra, batch, step=step, key=key)
+    def scalar_of(params: Any, batch: Any, state: Any, key: jax.Array) -> tuple[jax.Array, Any]:
+        before = (params, extra, batch, state) if stateful else (params, extra, batch)
+        scalar, metrics, *after = loss(*before, step=step, key=key)
+        return scalar, (metrics, after[0] if stateful else state)
+
+    def one(batch: Any, state: Any, key: jax.Array) -> tuple[Any, Metrics, Any]:
+        grads, (metrics, state) = jax.grad(scalar_of, has_aux=True)(params, batch, state, key)
+        return grads, metrics, state
 
     if num_microbatches == 1:
-        return one(params, batch, key)
+        return one(batch, state, key)
 
-    def weighted(batch: Batch, key: jax.Array) -> tuple[Any, Metrics]:
-        grads, metrics = one(params, batch, key)
-        return jax.tree.map(lambda g: g * metrics["loss"][1], grads), metrics
+    def weighted(batch: Any, state: Any, key: jax.Array) -> tuple[Any, Any]:
+        grads, metrics, state = one(batch, state, key)
+        return (jax.tree.map(lambda g: g * metrics["loss"][1], grads), metrics), state
 
-    def add(total: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, weighted(*part)), None
+    def add(carry: Any, part: tuple[Any, jax.Array]) -> tuple[Any, None]:
+        (total, state), (batch, key) = carry, part
+        found, state = weighted(batch, state, key)
+        return (jax.tree.map(jnp.add, total, found), state), None
 
     parts = split_microbatches(batch, num_microbatches)
     keys = jax.random.split(key, num_microbatches)
-    shapes = jax.eval_shape(weighted, *jax.tree.map(lambda x: x[0], (parts, keys)))
+    first_part, first_key = jax.tree.map(lambda x: x[0], (parts, keys))
+    shapes, _ = jax.eval_shape(weighted, first_part, state, first_key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, metrics), _ = jax.lax.scan(add, zeros, (parts, keys))
+    ((grads, metrics), state), _ = jax.lax.scan(add, (zeros, state), (parts, keys))
     tokens = jnp.maximum(metrics["loss"][1], 1)
-    return jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), grads, params), metrics
+    grads = jax.tree.map(lambda g, p: (g / tokens).astype(p.dtype), grads, params)
+    return grads, metrics, state
 
 
 def make_train_step(
-    loss: LossFn,
+    loss: Callable[..., Any],
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     abstract: TrainState,
@@ -83,9 +95,9 @@ def make_train_step(
     """
 
     def train_step(
-        state: TrainState, extra: Any, batch: Batch, key: jax.Array
+        state: TrainState, extra: Any, batch: Any, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        grads, metrics = loss_and_gradients(
+        grads, metrics, method_state = loss_and_gradients(
             loss,
             state.params,
             extra,
@@ -93,6 +105,7 @@ def make_train_step(
             step=state.step,
             key=jax.random.fold_in(key, state.step),
             num_microbatches=num_microbatches,
+            state=state.method_state,
         )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
@@ -100,16 +113,17 @@ def make_train_step(
         metrics["gradient_norm"] = (global_norm(grads), one)
         metrics["parameter_norm"] = (global_norm(params), one)  # finite, or nothing is saved
         metrics["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), one)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, method_state), metrics
 
     out_shardings = (shardings_of(abstract), None)
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def make_eval_step(loss: LossFn) -> EvalStep:
-    """`evaluate(state, extra, batch, key) -> metrics`, jitted: the loss without its gradient."""
+def make_eval_step(method: Method) -> EvalStep:
+    """`evaluate(state, extra, batch, key) -> metrics`, jitted: no gradient, no new state."""
+    loss: LossFn = method.evaluate or method.loss
 
-    def evaluate(state: TrainState, extra: Any, batch: Batch, key: jax.Array) -> Metrics:
+    def evaluate(state: TrainState, extra: Any, batch: Any, key: jax.Array) -> Metrics:
         return loss(state.params, extra, batch, step=state.step, key=key)[1]
 
     return jax.jit(evaluate)

@@ -37,6 +37,7 @@ def context(model: TransformerConfig, load_pretrained: LoadPretrained = _no_pret
         model=model,
         num_steps=NUM_STEPS,
         sequence_length=model.max_length,
+        batch_size=1,
         tokenizer="bytes",
         load_pretrained=load_pretrained,
     )

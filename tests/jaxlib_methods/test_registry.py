@@ -20,6 +20,7 @@ CONTEXT = Context(
     model=TransformerConfig(vocab_size=5, num_layers=1, embed_dim=4, num_heads=1),
     num_steps=3,
     sequence_length=7,
+    batch_size=4,
     tokenizer="bytes",
     load_pretrained=no_teacher,
 )
@@ -50,7 +51,7 @@ def make_toy(cfg: ToyConfig, context: Context) -> Method:
 
 
 def test_a_new_method_is_one_line_in_the_table(monkeypatch):
-    monkeypatch.setitem(registry.METHODS, "toy", (ToyConfig, make_toy))
+    monkeypatch.setitem(registry.METHODS, "toy", registry.Entry(ToyConfig, make_toy))
     assert registry.config_class("toy") is ToyConfig
     method = registry.build("toy", ToyConfig(scale=2.0), CONTEXT)
     tokens = jnp.array([[0, 1, 2]])
@@ -79,7 +80,7 @@ def test_methods(name, config):
 
 
 def test_every_configuration_is_frozen_keyword_only_and_has_defaults():
-    for config, _ in registry.METHODS.values():
+    for config in (entry.config for entry in registry.METHODS.values()):
         assert dataclasses.is_dataclass(config)
         config()
         assert config.__dataclass_params__.frozen  # pyright: ignore[reportAttributeAccessIssue]

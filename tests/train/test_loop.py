@@ -247,7 +247,9 @@ def test_a_value_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
 
         return dataclasses.replace(method, loss=loss)
 
-    monkeypatch.setitem(registry.METHODS, "next_token", (next_token.NextTokenConfig, make))
+    monkeypatch.setitem(
+        registry.METHODS, "next_token", registry.Entry(next_token.NextTokenConfig, make)
+    )
     message = r"train/(loss|gradient_norm) is nan at step 5; .* the last good checkpoint is kept"
     with pytest.raises(metrics.NonFiniteError, match=message):
         start(tiny(tmp_path, every=1, keep=9, eval_every=8))

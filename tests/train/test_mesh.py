@@ -122,6 +122,7 @@ def context_of(model: TransformerConfig, mesh: Mesh | None) -> Context:
         model=model,
         num_steps=NUM_STEPS,
         sequence_length=LENGTH,
+        batch_size=4,
         tokenizer="bytes",
         load_pretrained=functools.partial(checkpoint.load_pretrained, mesh=mesh),
     )
@@ -354,6 +355,7 @@ def golden_method(config: RunConfig) -> Method:
         model=config.model,
         num_steps=config.train.num_steps,
         sequence_length=config.data.sequence_length,
+        batch_size=4,
         tokenizer="bytes",
         load_pretrained=load_pretrained,
     )

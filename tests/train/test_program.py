@@ -58,6 +58,7 @@ def context(load_pretrained: Any = None) -> Context:
         model=MODEL,
         num_steps=NUM_STEPS,
         sequence_length=L,
+        batch_size=4,
         tokenizer="bytes",
         load_pretrained=load_pretrained,
     )

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from jaxlib_methods import late_to_early, losses, next_token
-from jaxlib_methods.method import Batch, Context, Pretrained
+from jaxlib_methods.method import Batch, Context, Method, Pretrained
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import init_params
@@ -56,12 +56,12 @@ def test_microbatches_of_unequal_padding_are_one_batch():
                 step=jnp.int32(0), key=jax.random.key(1), num_microbatches=num_microbatches,
             )  # fmt: skip
 
-        of_each, _ = jax.vmap(lambda part: gradients(part, 1))(split_microbatches(batch, 4))
+        of_each, _, _ = jax.vmap(lambda part: gradients(part, 1))(split_microbatches(batch, 4))
         mean_of_means = jax.tree.map(lambda g: g[:3].mean(0), of_each)
         return gradients(batch, 1), gradients(batch, 4), mean_of_means
 
     with jax.enable_x64(True):
-        (whole, metrics), (parts, same), mean_of_means = three_ways()
+        (whole, metrics, _), (parts, same, _), mean_of_means = three_ways()
     assert float(metrics["loss"][1]) == float(same["loss"][1]) == 25
     assert float(metrics["loss"][0]) == pytest.approx(float(same["loss"][0]), rel=1e-12)
     assert max(float(np.abs(leaf).max()) for leaf in jax.tree.leaves(whole)) > 0.01
@@ -90,7 +90,7 @@ def toy_loss(params, extra, batch, *, step, key):
 def test_half_precision_gradients_are_added_up_in_float32():
     # 320 micro-batches of one token with slope 1; a bfloat16 sum stops at 256.
     params = {"kernel": jnp.ones(1, jnp.bfloat16)}
-    grads, _ = loss_and_gradients(
+    grads, _, _ = loss_and_gradients(
         toy_loss, params, (), make_batch([1] * 320),
         step=jnp.int32(0), key=jax.random.key(0), num_microbatches=320,
     )  # fmt: skip
@@ -157,7 +157,8 @@ def test_draws_depend_on_the_step_alone_and_differ_between_microbatches():
 
 def test_eval_step_is_the_loss_alone():
     _, state = make_toy()
-    metrics = make_eval_step(toy_loss)(state, (), make_batch([7, 3]), jax.random.key(0))
+    plain = Method(init_params=jnp.zeros, init=lambda key: (), loss=toy_loss, flops_per_token=0.0)
+    metrics = make_eval_step(plain)(state, (), make_batch([7, 3]), jax.random.key(0))
     assert metrics.keys() == {"loss", "draw", "step"}
     assert float(metrics["loss"][1]) == 10
     assert not state.params["kernel"].is_deleted()
@@ -171,7 +172,7 @@ def make_let():
         return Pretrained(TEACHER, params, None)
 
     context = Context(
-        model=SINGLE, num_steps=10, sequence_length=L, tokenizer="bytes",
+        model=SINGLE, num_steps=10, sequence_length=L, batch_size=4, tokenizer="bytes",
         load_pretrained=load_pretrained,
     )  # fmt: skip
     return (
