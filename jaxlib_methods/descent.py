@@ -192,3 +192,28 @@ def descend(
         return step.candidate, Trajectory(step.candidate, step.energies, slope)
 
     return jax.lax.scan(body, candidate, jnp.arange(num_steps))[1]
+
+
+def descend_freely(
+    energy: Energy,
+    params: Any,
+    context: Any,
+    candidate: jax.Array,
+    *,
+    step_size: jax.Array | float,
+    num_steps: jax.Array | int,
+    start: Callable[[jax.Array, jax.Array], jax.Array] = _identity,
+    context_at: Callable[[Any, jax.Array], Any] = _same_context,
+) -> jax.Array:
+    """The candidate after `num_steps` steps of `descend`, 0 or more, without any derivative.
+
+    num_steps may be an array: one compiled program for every number.
+    """
+    params, context, candidate = jax.lax.stop_gradient((params, context, candidate))
+    alpha = jax.lax.stop_gradient(jnp.asarray(step_size, candidate.dtype))
+
+    def body(k: jax.Array, z: jax.Array) -> jax.Array:
+        y = start(z, k)
+        return _plain_step(energy, params, context_at(context, k), y, alpha).candidate
+
+    return jax.lax.fori_loop(0, num_steps, body, candidate)

@@ -175,3 +175,28 @@ def soft_cross_entropy(
     log_probs = jax.nn.log_softmax(_wide(_keep(logits, where)), axis=-1)
     loss = -jnp.sum(jax.nn.softmax(teacher, axis=-1) * log_probs, axis=-1)
     return loss if where is None else jnp.where(where, loss, 0.0)
+
+
+def smooth_l1(
+    prediction: jax.Array,
+    target: jax.Array,
+    *,
+    beta: float = 1.0,
+    where: jax.Array | None = None,
+) -> jax.Array:
+    """Huber's loss scaled by 1 / beta: a parabola near zero, a straight line beyond beta.
+
+        l = d^2 / (2 beta) where |d| < beta,   |d| - beta / 2 elsewhere,   d = prediction - target
+
+    prediction, target: `[...]`; where: bool `[...]`, False gives 0 and no gradient. One number per
+    element, `[...]`, float32 or better.
+
+    >>> import jax.numpy as jnp
+    >>> smooth_l1(jnp.array([0.5, 3.0]), jnp.zeros(2)).tolist()
+    [0.125, 2.5]
+    """
+    distance = _wide(prediction) - _wide(target)
+    if where is not None:
+        distance = jnp.where(where, distance, 0.0)
+    size = jnp.abs(distance)
+    return jnp.where(size < beta, 0.5 * distance**2 / beta, size - 0.5 * beta)

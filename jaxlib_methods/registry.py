@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlib_methods import late_to_early, next_token
+from jaxlib_methods import energy, late_to_early, next_token
 from jaxlib_methods.method import Context, Method
 from jaxlib_methods.models import transformer
 from jaxlib_methods.models.config import TransformerConfig
@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 METHODS: dict[str, Entry] = {
     "next_token": Entry(next_token.NextTokenConfig, next_token.make),
     "late_to_early": Entry(late_to_early.LateToEarlyConfig, late_to_early.make),
+    "energy": Entry(energy.EnergyConfig, energy.make, init_model=energy.init_params),
 }
 
 

@@ -25,6 +25,9 @@ class TransformerConfig:
 
     `None` means derived: `kv_heads` = `num_heads`, `head_size` = `embed_dim / num_heads`,
     `mlp_size` = 8/3 (SwiGLU) or 4 (others) times `embed_dim`, rounded up to 128.
+    kernel_init: `scaled` draws kernels with deviation 1 / sqrt(fan_in), those that write to the
+        residual stream smaller by sqrt(2 * num_layers); `xavier` all with
+        sqrt(2 / (fan_in + fan_out)), as energy-based transformers do.
     """
 
     vocab_size: int = 256
@@ -52,6 +55,7 @@ class TransformerConfig:
     output_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before rotation
+    kernel_init: Literal["scaled", "xavier"] = "scaled"  # see `TransformerConfig`
     tie_embeddings: bool = False
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"

@@ -130,7 +130,11 @@ class Projection(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         dtype = jnp.dtype(self.cfg.compute_dtype)
-        kernel_init = _kernel_init(math.prod(self.in_shape), self.init_scale, self.used)
+        fan_in, fan_out = math.prod(self.in_shape), math.prod(self.out_shape)
+        if self.cfg.kernel_init == "xavier":
+            kernel_init: Initializer = nn.initializers.normal((2 / (fan_in + fan_out)) ** 0.5)
+        else:
+            kernel_init = _kernel_init(fan_in, self.init_scale, self.used)
         shape, names = (*self.in_shape, *self.out_shape), (*self.in_names, *self.out_names)
         kernel = parameter(self, "kernel", kernel_init, shape, names, self.cfg)
         axes = tuple(range(-len(self.in_shape), 0))
@@ -146,6 +150,24 @@ class Projection(nn.Module):
             bias = parameter(self, "bias", nn.initializers.zeros, self.out_shape, names, self.cfg)
             y = y + jnp.expand_dims(bias.astype(dtype), range(y.ndim - bias.ndim))
         return y
+
+
+class Table(nn.Module):
+    """Embeddings: a normal table of `shape`; rows from `used` on are zero."""
+
+    cfg: TransformerConfig
+    shape: tuple[int, int]
+    used: int
+    row_name: str
+    stddev: float
+
+    @nn.compact
+    def __call__(self) -> jax.Array:
+        def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+            table = jax.random.normal(key, shape, dtype) * self.stddev
+            return jnp.where(jnp.arange(shape[0])[:, None] < self.used, table, 0)
+
+        return parameter(self, "table", init, self.shape, (self.row_name, "embed"), self.cfg)
 
 
 class Norm(nn.Module):
@@ -200,6 +222,17 @@ class Attention(nn.Module):
             self.query_norm = Norm(cfg, cfg.head_size, kind="rms_norm")
             self.key_norm = Norm(cfg, cfg.head_size, kind="rms_norm")
 
+    def heads(
+        self, x: jax.Array, angles: Rotation | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries `[B, L, H, C]`, keys and values `[B, L, K, C]` of `x`, normed and rotated."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.cfg.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        return constrain(query, "batch", "sequence", "heads", None), key, value
+
     def __call__(
         self,
         x: jax.Array,
@@ -207,18 +240,13 @@ class Attention(nn.Module):
         angles: Rotation | None,
         cache: tuple[jax.Array, jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        query, key, value = self.query(x), self.key(x), self.value(x)
-        if self.cfg.qk_norm:
-            query, key = self.query_norm(query), self.key_norm(key)
-        if angles is not None:
-            query, key = rotate(query, angles), rotate(key, angles)
+        query, key, value = self.heads(x, angles)
         if cache is not None:
             keys, values, slot = cache
             key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), slot, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(
                 values, value.astype(values.dtype), slot, axis=1
             )
-        query = constrain(query, "batch", "sequence", "heads", None)
         # Context parallelism: queries stay cut along the sequence, keys and values are gathered.
         key = constrain(key, "batch", None, "kv_heads", None)
         value = constrain(value, "batch", None, "kv_heads", None)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.layers import Block, Norm, Projection, Rotation, parameter, rotation
+from jaxlib_methods.models.layers import Block, Norm, Projection, Rotation, Table, rotation
 from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE, visible
 
@@ -87,8 +87,8 @@ class Transformer(nn.Module):
             segments = jnp.ones_like(inputs)
         keys_positions, keys_segments = positions, segments
         if cache is not None:
-            keys_positions = _write(cache.positions, positions, cache.length)
-            keys_segments = _write(cache.segments, segments, cache.length)
+            keys_positions = write_slots(cache.positions, positions, cache.length)
+            keys_segments = write_slots(cache.segments, segments, cache.length)
         where = visible(positions, keys_positions, segments, keys_segments)
         angles = rotation(positions, cfg) if cfg.positions == "rotary" else None
         table, x = self._embed(inputs, positions)
@@ -106,13 +106,16 @@ class Transformer(nn.Module):
     def _embed(self, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
         dtype = jnp.dtype(cfg.compute_dtype)
-        table = _Embedding(cfg, cfg.padded_vocab_size, cfg.vocab_size, "vocab", name="embedding")()
+        deviation = cfg.embed_dim**-0.5
+        shape = (cfg.padded_vocab_size, cfg.embed_dim)
+        table = Table(cfg, shape, cfg.vocab_size, "vocab", deviation, name="embedding")()
         # A gather from a table that is cut along the vocabulary makes XLA rematerialise it:
         # gather the table first, in the compute dtype.
         x = constrain(table.astype(dtype), None, None)[inputs]
         if cfg.positions == "learned":
             rows = cfg.max_length + cfg.learned_position_offset
-            learned = _Embedding(cfg, rows, rows, "table_rows", name="position_embedding")()
+            shape = (rows, cfg.embed_dim)
+            learned = Table(cfg, shape, rows, "table_rows", deviation, name="position_embedding")()
             learned = constrain(learned.astype(dtype), None, None)
             x = x + learned[positions + cfg.learned_position_offset]
         return table, constrain(x, "batch", "sequence", None)
@@ -179,27 +182,8 @@ class Transformer(nn.Module):
         return jnp.where(real[None, None], logits, MASKED_SCORE)
 
 
-class _Embedding(nn.Module):
-    """A table `[rows, D]`; rows from `used` on are zero."""
-
-    cfg: TransformerConfig
-    rows: int
-    used: int
-    row_name: str
-
-    @nn.compact
-    def __call__(self) -> jax.Array:
-        width = self.cfg.embed_dim
-
-        def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-            table = jax.random.normal(key, shape, dtype) * width**-0.5
-            return jnp.where(jnp.arange(shape[0])[:, None] < self.used, table, 0)
-
-        shape, names = (self.rows, width), (self.row_name, "embed")
-        return parameter(self, "table", init, shape, names, self.cfg)
-
-
-def _write(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+def write_slots(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """Writes `new` `[B, L, ...]` into the slots `[B, M, ...]` of a cache, from slot `at` on."""
     return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), at, axis=1)
 
 

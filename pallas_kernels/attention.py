@@ -1,14 +1,20 @@
 """Softmax attention over packed documents.
 
-`attention_reference` is the specification and what every platform runs.
+`attention_reference` is the specification and what every platform runs. `tiled_attention` is
+the same, and the pattern of energy-based transformers, in tiles of queries: memory linear in the
+length, under derivatives of any order.
 """
 
 # Dimension key: B batch, L queries, M keys, H query heads, K key heads, G = H / K, C head size.
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 MASKED_SCORE = -1e30  # finite, so that a row that sees nothing stays finite
+SHARED_SEGMENT = -1  # of a key that every document sees
+TILE = 256  # queries whose scores exist at once
 
 
 def visible(
@@ -17,12 +23,13 @@ def visible(
     query_segments: jax.Array,
     key_segments: jax.Array,
 ) -> jax.Array:
-    """Which keys a query may read: same document, not later, not padding.
+    """Which keys a query may read: same document (or a shared key), not later, not padding.
 
     query_positions, query_segments: `[B, L]`; key_positions, key_segments: `[B, M]`; int32.
     Returns bool `[B, L, M]`.
     """
     same = query_segments[:, :, None] == key_segments[:, None, :]
+    same |= (key_segments == SHARED_SEGMENT)[:, None, :]
     past = query_positions[:, :, None] >= key_positions[:, None, :]
     return same & past & (key_segments != 0)[:, None, :]
 
@@ -46,3 +53,72 @@ def attention_reference(
     s_BKGLM = jnp.where(where[:, None, None], s_BKGLM, jnp.asarray(MASKED_SCORE, wide))
     p_BKGLM = jax.nn.softmax(s_BKGLM, axis=-1).astype(value.dtype)
     return jnp.einsum("bkglm,bmkc->blkgc", p_BKGLM, value).reshape(B, L, H, C)
+
+
+class Keys(NamedTuple):
+    """What queries attend to. key, value: `[B, M, K, C]`; positions, segments: int32 `[B, M]`."""
+
+    key: jax.Array
+    value: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+
+
+def tiled_attention(
+    query: jax.Array,
+    context: Keys,
+    *,
+    positions: jax.Array,
+    segments: jax.Array,
+    own: tuple[jax.Array, jax.Array] | None = None,
+    tile: int = TILE,
+) -> jax.Array:
+    """Attention to the visible keys of a context and, where `own` is given, to oneself.
+
+        o_i = softmax_j([<q_i, K_j> / sqrt(C)] for visible j, [<q_i, k_i> / sqrt(C)]) [V_j, v_i]
+
+    query: `[B, L, H, C]`; positions, segments: int32 `[B, L]`, of the queries, see `visible`.
+    own: the queries' own key and value, each `[B, L, K, C]`: the candidates of an energy-based
+    transformer see the context and themselves, not each other (EBT, footnote 12).
+    Returns `[B, L, H, C]`. More than `tile` queries go tile by tile, each computed again for its
+    derivative: no `[L, M]` array exists, and derivatives of any order are plain JAX. Without
+    `own`, a query that sees nothing averages all values.
+    """
+    B, L = positions.shape
+    rows = (query, positions, segments, own)
+    if tile >= L:
+        return _attend(*rows, context)
+    padded = -(-L // tile) * tile
+
+    def cut(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, padded - L)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, padded // tile, tile, *x.shape[2:]), 1, 0)
+
+    attend = jax.checkpoint(lambda part, context: _attend(*part, context), prevent_cse=False)
+    mixed = jax.lax.map(lambda part: attend(part, context), jax.tree.map(cut, rows))
+    return jnp.moveaxis(mixed, 0, 1).reshape(B, padded, *query.shape[2:])[:, :L]
+
+
+def _attend(
+    query: jax.Array,
+    positions: jax.Array,
+    segments: jax.Array,
+    own: tuple[jax.Array, jax.Array] | None,
+    context: Keys,
+) -> jax.Array:
+    where = visible(positions, context.positions, segments, context.segments)
+    if own is None:
+        return attention_reference(query, context.key, context.value, where=where)
+    B, L, H, C = query.shape
+    K = context.key.shape[2]
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    own_key, own_value = (x[:, :, :, None] for x in own)  # [B, L, K, 1, C]
+    q_BLKGC = query.reshape(B, L, K, H // K, C) * jnp.asarray(C**-0.5, query.dtype)
+    s_BKGLM = jnp.einsum("blkgc,bmkc->bkglm", q_BLKGC, context.key, preferred_element_type=wide)
+    s_BKGLM = jnp.where(where[:, None, None], s_BKGLM, jnp.asarray(MASKED_SCORE, wide))
+    s_BLKG = jnp.sum((q_BLKGC * own_key).astype(wide), axis=-1)
+    both = jnp.concatenate([s_BKGLM, jnp.moveaxis(s_BLKG, 1, 3)[..., None]], axis=-1)
+    p = jax.nn.softmax(both, axis=-1).astype(own_value.dtype)
+    mixed = jnp.einsum("bkglm,bmkc->blkgc", p[..., :-1], context.value)
+    mixed = mixed + jnp.moveaxis(p[..., -1], 3, 1)[..., None] * own_value
+    return mixed.reshape(B, L, H, C).astype(query.dtype)
