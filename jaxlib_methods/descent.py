@@ -117,13 +117,14 @@ def _backward(energy: Energy, saved: _Inputs, cotangent: Step) -> _Inputs:
 
     moving = [leaf for f, leaf in zip(floating, leaves, strict=True) if f]
     gradient: Any = jax.grad(total, argnums=(0, 1))
-    (_, slope), (of_moving, of_y) = jax.jvp(functools.partial(gradient, moving), (y,), (alpha * u,))
+    (_, slope), (of_moving, of_y) = jax.jvp(lambda y: gradient(moving, y), (y,), (alpha * u,))
     found = iter(of_moving)
     cotangents = [
         -next(found) if f else np.zeros(np.shape(leaf), jax.dtypes.float0)
         for f, leaf in zip(floating, leaves, strict=True)
     ]
-    return *treedef.unflatten(cotangents), u - of_y, -_sum_to(u * slope, alpha.shape)
+    of_params, of_context = treedef.unflatten(cotangents)
+    return of_params, of_context, u - of_y, -_sum_to(u * slope, alpha.shape)
 
 
 _recomputing.defvjp(_forward, _backward)

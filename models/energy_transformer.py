@@ -197,8 +197,8 @@ class EnergyTransformer(nn.Module):
             context = Keys(*layer, positions, segments)
             return block.observe(x, rows, angles, context, cache.length)
 
-        _, kv = self._scan(body)(self.blocks, x, (cache.keys, cache.values))
-        return KVCache(*kv, positions, segments, cache.length + x.shape[1])
+        _, (keys, values) = self._scan(body)(self.blocks, x, (cache.keys, cache.values))
+        return KVCache(keys, values, positions, segments, cache.length + x.shape[1])
 
     def _scan(self, body: Callable[..., Any]) -> Callable[..., Any]:
         cfg = self.cfg.trunk

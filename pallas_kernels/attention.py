@@ -7,7 +7,7 @@ length, under derivatives of any order.
 
 # Dimension key: B batch, L queries, M keys, H query heads, K key heads, G = H / K, C head size.
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,8 +94,11 @@ def tiled_attention(
         x = jnp.pad(x, [(0, 0), (0, padded - L)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(B, padded // tile, tile, *x.shape[2:]), 1, 0)
 
-    attend = jax.checkpoint(lambda part, context: _attend(*part, context), prevent_cse=False)
-    mixed = jax.lax.map(lambda part: attend(part, context), jax.tree.map(cut, rows))
+    def attend(part: Any) -> jax.Array:
+        query, positions, segments, own = part
+        return _attend(query, positions, segments, own, context)
+
+    mixed = jax.lax.map(jax.checkpoint(attend, prevent_cse=False), jax.tree.map(cut, rows))
     return jnp.moveaxis(mixed, 0, 1).reshape(B, padded, *query.shape[2:])[:, :L]
 
 
