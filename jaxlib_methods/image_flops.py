@@ -45,5 +45,9 @@ def energy_train_flops(cfg: PatchTransformerConfig, *, num_steps: int, memory: M
 
 
 def diffusion_train_flops(cfg: PatchTransformerConfig) -> float:
-    """One training step of a noise predictor, FLOPs per patch: three times the forward."""
-    return 3 * sum(forward_flops(cfg))
+    """One training step of a noise predictor, FLOPs per patch.
+
+    Three times the forward, without the gradients of its two inputs, pixels and level.
+    """
+    inputs = cfg.patch_values * cfg.embed_dim + LEVEL_FEATURES * cfg.embed_dim / cfg.num_patches
+    return 3 * sum(forward_flops(cfg)) - 2.0 * inputs

@@ -161,6 +161,8 @@ def _linear(
     name: str,
     sizes: tuple[int, int],
     names: tuple[str, str],
+    *,
+    use_bias: bool = True,
     **fields: Any,
 ) -> Projection:
     return Projection(
@@ -170,7 +172,8 @@ def _linear(
         out_names=names[1:],
         cfg=cfg,
         name=name,
-        **{"use_bias": True} | fields,
+        use_bias=use_bias,
+        **fields,
     )
 
 
