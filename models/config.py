@@ -134,11 +134,39 @@ class TransformerConfig:
         return -(-self.vocab_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
+# name: layers, width, heads (EBT, arXiv 2507.02092, table D.1; 4xs and 3xs are in its code alone).
+_EBT_SIZES = {
+    "ebt_4xs": (2, 128, 2),
+    "ebt_3xs": (4, 256, 4),
+    "ebt_xxs": (6, 384, 6),
+    "ebt_xs": (12, 384, 6),
+    "ebt_small": (12, 768, 12),
+    "ebt_medium": (24, 1024, 16),
+    "ebt_large": (24, 1536, 16),
+    "ebt_xl": (24, 2048, 32),
+}
+
+
+def _ebt(num_layers: int, embed_dim: int, num_heads: int) -> TransformerConfig:
+    """A Llama block with a hidden layer as wide as the stream, GPT-NeoX's tokens, float32."""
+    return TransformerConfig(
+        vocab_size=50_277,
+        num_layers=num_layers,
+        embed_dim=embed_dim,
+        num_heads=num_heads,
+        mlp_dim=embed_dim,
+        max_length=256,
+        compute_dtype="float32",
+        remat="full",
+    )
+
+
 # The sizes of LET's experiments. The students' widths and depths were not published (paper,
 # arXiv 2602.05393, gives only 1.4B, 3B and 7B, Llama style): these are the usual Llama shapes of
 # those sizes. The teachers are the config.json values of facebook/opt-125m, EleutherAI/pythia-160m,
 # HuggingFaceTB/SmolLM-135M and meta-llama/Llama-3.2-1B.
 PUBLISHED: dict[str, TransformerConfig] = {
+    **{name: _ebt(*size) for name, size in _EBT_SIZES.items()},
     "let_1p4b": TransformerConfig(
         vocab_size=49_152,
         num_layers=24,

@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from jaxlib_methods import registry
+from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.models.config import PUBLISHED, TransformerConfig
 from jaxlib_methods.train.config import (
     CheckpointConfig,
@@ -60,6 +61,43 @@ def _tiny(
         train=TrainConfig(num_steps=num_steps, eval_every=50, eval_batches=32),
         optimizer=OptimizerConfig(learning_rate=4e-3),  # the best of 2e-3, 4e-3 and 8e-3
         method_config=registry.config_class(method)(**method_fields),
+    )
+
+
+# The paper's System 2 (EBT, arXiv 2507.02092, table D.4 and the official script).
+_SYSTEM_2: dict[str, Any] = {
+    "num_steps": 2,
+    "max_steps": 3,
+    "step_size": 5.0,
+    "learn_step_size": False,
+    "random_step_size": 2.0,
+    "noise": 3.0,
+    "loss_steps": "last",
+    "num_landscapes": 0,
+    "replay_size": 192,
+}
+
+
+def _energy(shape: str, learning_rate: float, batch_size: int, **fields: Any) -> RunConfig:
+    """EBT at a published size: the paper's optimiser, a million steps of 256 tokens a sequence."""
+    return RunConfig(
+        method="energy",
+        model=PUBLISHED[shape],
+        data=DataConfig(
+            source="",
+            tokenizer="",
+            sequence_length=256,
+            batch_size=batch_size,
+            validation_fraction=0.0005,
+            cache="token_cache",
+        ),
+        train=TrainConfig(num_steps=1_000_000, eval_every=5000, log_every=100),
+        optimizer=OptimizerConfig(
+            learning_rate=learning_rate, warmup_fraction=0.01, beta2=0.999, weight_decay=0.01
+        ),
+        checkpoint=CheckpointConfig(every=5000),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        method_config=EnergyConfig(**fields),
     )
 
 
