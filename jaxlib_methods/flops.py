@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 from jax.extend import core
+from jax.interpreters import partial_eval
 
 from jaxlib_methods.models.config import TransformerConfig
 
@@ -75,10 +76,13 @@ def count_dot_flops(fn: Callable[..., Any], *args: Any) -> int:
 
     args: arrays or `jax.ShapeDtypeStruct`s; nothing is run. A scan counts `length` times, a
     `shard_map` once per device, a Pallas kernel once per grid point, a conditional as its most
-    expensive branch. Recomputation under `jax.checkpoint` counts. Raises ValueError for a matmul
-    in a while loop, whose number of trips is unknown.
+    expensive branch. Recomputation under `jax.checkpoint` counts; what no result depends on does
+    not, since XLA drops it. Raises ValueError for a matmul in a while loop, whose number of trips
+    is unknown.
     """
-    return _count(jax.make_jaxpr(fn)(*args))
+    jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+    used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(used)
 
 
 def _count(jaxpr: Any) -> int:

@@ -35,12 +35,13 @@ def energy_train_flops(cfg: PatchTransformerConfig, *, num_steps: int, memory: M
 
         (2 W + 3 A) + (4 W + 6 A)
 
-    `memory="recompute"` evaluates the energy and its whole gradient again for it: 3 W + 3 A more.
+    `memory="recompute"` evaluates the energy and its gradient again for it, but for the weights'
+    own products: 2 W + 3 A more.
     """
     weights, attention = forward_flops(cfg)
     step = 6 * weights + 9 * attention
     if memory == "recompute":
-        step += 3 * weights + 3 * attention
+        step += 2 * weights + 3 * attention
     return num_steps * step
 
 

@@ -18,6 +18,7 @@ W = jax.ShapeDtypeStruct((5, 7), jnp.float32)
 SQUARE = jax.ShapeDtypeStruct((5, 5), jnp.float32)
 MATMUL = 2 * 3 * 5 * 7
 STEP = 2 * 3 * 5 * 5
+ONES = jnp.ones((5, 5))
 
 
 def chain(w, x):
@@ -61,7 +62,7 @@ def test_remat_counts_the_second_forward():
         return jax.checkpoint(lambda w, x: jnp.tanh(jnp.tanh(x @ w) @ w))(w, x).sum()
 
     # Forward 2, backward 4, and both forward matmuls again: the last tanh needs the second.
-    gradient = jax.grad(two_layers, argnums=(0, 1))
+    gradient = jax.value_and_grad(two_layers, argnums=(0, 1))
     assert flops.count_dot_flops(gradient, SQUARE, X) == (2 + 4 + 2) * STEP
 
 
@@ -76,6 +77,23 @@ def test_calls_are_walked_into():
     assert flops.count_dot_flops(jax.jit(jax.checkpoint(jnp.matmul)), X, W) == MATMUL
     value_and_grad = jax.value_and_grad(lambda x, w: matmul(x, w).sum(), argnums=(0, 1))
     assert flops.count_dot_flops(value_and_grad, X, W) == 3 * MATMUL
+
+
+def test_what_no_result_depends_on_is_not_counted():
+    def step(carry, _):
+        x, unused = carry
+        return (jnp.tanh(x @ ONES), unused @ ONES), x @ ONES
+
+    def scanned(x):  # of the three products of a trip, the stacked one and one carry are unused
+        return jax.lax.scan(step, (x, x), length=11)[0][0]
+
+    def of_x(x, w):  # the cotangent of w is a second product that nothing asks for
+        product, pull_back = jax.vjp(jnp.matmul, x, w)
+        return pull_back(product)[0]
+
+    assert flops.count_dot_flops(of_x, X, W) == 2 * MATMUL
+    assert flops.count_dot_flops(scanned, X) == 11 * STEP
+    assert flops.count_dot_flops(jax.jit(scanned), X) == 11 * STEP
 
 
 def test_conditional_counts_its_most_expensive_branch():
