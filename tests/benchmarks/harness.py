@@ -79,7 +79,7 @@ def ratios(times: Times, reference: str) -> dict[str, float]:
 
 def report(title: str, times: Times, *, reference: str, tokens_per_call: int) -> dict[str, float]:
     """Prints a row per candidate and returns `ratios(times, reference)`."""
-    source = (_device(), _versions(), datetime.date.today().isoformat(), _commit(), _command())
+    source = provenance()
     header = [f"ratio to {reference} (quartiles)" if "ratio" in h else h for h in _HEADER]
     print(f"\n{title}\n\n{_row(header)}\n{_row(['---'] * len(header))}")
     for name, values in times.items():
@@ -89,6 +89,11 @@ def report(title: str, times: Times, *, reference: str, tokens_per_call: int) ->
     if jax.default_backend() == "cpu":
         print("\nOn a CPU only the ratios mean anything.")
     return ratios(times, reference)
+
+
+def provenance() -> tuple[str, ...]:
+    """Device, versions, date, commit and command: the end of every row."""
+    return _device(), _versions(), datetime.date.today().isoformat(), _commit(), _command()
 
 
 def check_goal(what: str, value: float, *, limit: float) -> None:

@@ -27,13 +27,14 @@ from jaxlib_methods.models import huggingface
 ATTENTIONS = ("sdpa", "eager")
 
 
-def _import_torch() -> tuple[Any, Any]:
+def import_torch() -> tuple[Any, Any]:
+    """torch and transformers. Raises SystemExit saying what to install."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
         import transformers  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise SystemExit(
-            f"torch_step.py cannot import {error.name}; pip install jaxlib-methods[oracle]"
+            f"this benchmark cannot import {error.name}; pip install jaxlib-methods[oracle]"
         ) from error
     transformers.utils.logging.disable_progress_bar()
     return torch, transformers
@@ -43,7 +44,7 @@ class TorchStep:
     """Torch's step with one kind of attention; every call trains once more on the same batch."""
 
     def __init__(self, folder: str, batch: Batch, attention: str) -> None:
-        self._torch, transformers = _import_torch()
+        self._torch, transformers = import_torch()
         torch = self._torch
         self._model = transformers.LlamaForCausalLM.from_pretrained(
             folder, attn_implementation=attention, dtype=torch.float32
@@ -83,7 +84,7 @@ class TorchStep:
 
 def main(_: list[str]) -> None:
     """Checks the losses, times all, prints the rows."""
-    torch, _transformers = _import_torch()
+    torch, _transformers = import_torch()
     if shapes.COMPUTE_DTYPE.value != "float32":
         raise SystemExit(f"--compute_dtype={shapes.COMPUTE_DTYPE.value} must be float32 here")
     jax.config.update("jax_platforms", "cpu")

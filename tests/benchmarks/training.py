@@ -48,7 +48,7 @@ class OurStep:
 
     def __init__(self, method: Method, batch: Batch) -> None:
         self._mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-        optimizer = make_optimizer(OPTIMIZER, NUM_STEPS)
+        optimizer = make_optimizer(OPTIMIZER, NUM_STEPS, rate_factors=method.rate_factors)
         abstract = abstract_state(method, optimizer, self._mesh)
         self._key = jax.random.key(1)
         placed = NamedSharding(self._mesh, partitioning.batch_spec())

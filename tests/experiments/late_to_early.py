@@ -8,14 +8,12 @@ trained again, so that the command may be interrupted. Prints Markdown tables.
 """
 
 import dataclasses
-import multiprocessing
 import os
 import pathlib
-import threading
-import time
 from statistics import mean, stdev
 from typing import Any
 
+import pool
 from absl import app, flags
 
 _WORKDIR = flags.DEFINE_string("workdir", "runs/let_experiments", "Where the runs are kept.")
@@ -94,34 +92,9 @@ def config_of(job: Job, root: pathlib.Path) -> Any:
     )
 
 
-def _worker(core: int, jobs: Any, root: pathlib.Path) -> None:
-    os.sched_setaffinity(0, {core})  # before XLA starts its threads
-    import jax
-
-    from jaxlib_methods.train import loop
-    from jaxlib_methods.train.prepare import prepare
-
-    jax.config.update("jax_compilation_cache_dir", str(root / "compilation_cache"))
-    while (job := jobs.get()) is not None:
-        prepared = prepare(config_of(job, root))
-        loop.train(prepared, stop=threading.Event(), started=time.perf_counter())
-        print(f"finished {job.name}", flush=True)
-
-
 def run_all(jobs: list[Job], root: pathlib.Path) -> None:
     """Runs the jobs, each once, one process per core."""
-    context = multiprocessing.get_context("spawn")
-    queue: Any = context.Queue()
-    cores = sorted(os.sched_getaffinity(0))[: _WORKERS.value]
-    for job in list(dict.fromkeys(jobs)) + [None] * len(cores):
-        queue.put(job)
-    workers = [context.Process(target=_worker, args=(core, queue, root)) for core in cores]
-    for process in workers:
-        process.start()
-    for process in workers:
-        process.join()
-    if any(process.exitcode for process in workers):
-        raise SystemExit("a run failed; its error is above")
+    pool.train_all([config_of(job, root) for job in jobs], root, workers=_WORKERS.value)
 
 
 def losses(name: str, root: pathlib.Path, seeds: tuple[int, ...] = SEEDS) -> list[float]:
