@@ -6,6 +6,9 @@ Song et al. 2020) over the levels t = t_1 > .. > t_K:
 
     x' = (x - sqrt(1 - a_t) eps(x, t)) / sqrt(a_t)      the clean image as seen from here
     x  = sqrt(a_s) x' + sqrt(1 - a_s) eps(x, t)         at the next level s; after the last, x'
+
+Patches that are replaced by noise have no level in between: there the same transformer predicts
+the missing pixels themselves, in one pass.
 """
 
 # Dimension key: R images, S image side, C channels.
@@ -31,21 +34,20 @@ from jaxlib_methods.tasks.restoration import RestorationConfig, require
 class DiffusionImageConfig(RestorationConfig):
     """Which images, how noisy they may be, and in how many steps they are restored.
 
-    task: `denoise`; a diffusion model has no `mask`.
+    task: `denoise` predicts the noise; `mask` predicts the patches that noise has replaced.
     image_size: pixels to a side. channels: 3 for colour, 1 for grey. patch_size: pixels to a side.
-    noise_level: the highest level of training, and the one that validation restores from.
+    noise_level: the highest level of training, and the one that validation restores from. Of the
+        task `denoise`.
+    mask_share: share of the patches that the task `mask` replaces.
     data_seed: another number is another set of images.
-    num_denoise_steps: K, of validation. 1 minimises the squared error; more give sharper images.
+    num_denoise_steps: K, of validation in the task `denoise`. 1 minimises the squared
+        error; more give sharper images.
     """
 
     num_denoise_steps: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.task == "denoise",
-            f"task={self.task} has no diffusion baseline; leave out compare, or set task=denoise",
-        )
         require(
             1 <= self.num_denoise_steps <= self.noise_level + 1,
             f"num_denoise_steps={self.num_denoise_steps} must be between 1 and the "
@@ -112,6 +114,24 @@ def make_loss(cfg: DiffusionImageConfig, model: PatchTransformerConfig) -> LossF
     return loss
 
 
+def make_regression(cfg: DiffusionImageConfig, model: PatchTransformerConfig) -> LossFn:
+    """Mean squared error of the pixels of the replaced patches; the metrics of `quality`."""
+
+    def loss(
+        params: Any, extra: Any, batch: Any, *, step: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, Metrics]:
+        del extra, step, key
+        start, judged = spoil(cfg, batch)
+        clean = jnp.asarray(batch.clean)
+        levels = jnp.full(clean.shape[0], corruption.DIFFUSION_STEPS - 1)
+        found = patch_transformer.forward(model, params, start, levels)
+        error = losses.masked_sum(jnp.square(found - clean), where=judged)
+        result = jax.lax.stop_gradient(jnp.where(judged, found, start))
+        return losses.mean(*error), quality(result, start, clean, judged=judged)
+
+    return loss
+
+
 def make_evaluation(cfg: DiffusionImageConfig, model: PatchTransformerConfig) -> LossFn:
     """The metrics of `quality` after restoring from `noise_level`, as `energy_image` does."""
 
@@ -138,11 +158,12 @@ def make(cfg: DiffusionImageConfig, context: Context) -> Method:
     def init(key: jax.Array) -> dict:
         return init_params(context.model, cfg, key)
 
+    masked = cfg.task == "mask"
     return Method(
         init_params=init,
         init=lambda key: (),
-        loss=make_loss(cfg, model),
+        loss=make_regression(cfg, model) if masked else make_loss(cfg, model),
         flops_per_token=image_flops.diffusion_train_flops(model),
-        evaluate=make_evaluation(cfg, model),
+        evaluate=None if masked else make_evaluation(cfg, model),
         dataset=cfg.dataset(),
     )

@@ -38,8 +38,8 @@ class EnergyImageConfig(RestorationConfig):
     image_size: pixels to a side. channels: 3 for colour, 1 for grey. patch_size: pixels to a side.
     noise_level: step of the linear schedule of 1000 steps at which noise is added, from 0; 99 is
         the end of its first tenth (the paper's sigma of 0.1). Of the task `denoise`.
-    data_seed: another number is another set of images.
     mask_share: share of the patches that the task `mask` replaces.
+    data_seed: another number is another set of images.
     num_descent_steps: N. The paper trains image models with 1.
     step_size: alpha, of energies that are means over patches; where it is learned, its start.
     learn_step_size: train alpha too; below 0.0001 it counts as 0.0001.
@@ -49,7 +49,6 @@ class EnergyImageConfig(RestorationConfig):
         `save` keeps what it needs instead.
     """
 
-    mask_share: float = 0.5
     num_descent_steps: int = 1
     step_size: float = 300.0
     learn_step_size: bool = True
@@ -59,7 +58,6 @@ class EnergyImageConfig(RestorationConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 < self.mask_share < 1, f"mask_share={self.mask_share} must be between 0 and 1")
         require(
             self.num_descent_steps >= 1,
             f"num_descent_steps={self.num_descent_steps} must be at least 1",
@@ -94,9 +92,7 @@ def step_size(cfg: EnergyImageConfig, params: Any) -> jax.Array:
     return jnp.maximum(params["step_size"]["alpha"], SMALLEST_STEP)
 
 
-def spoil(
-    cfg: RestorationConfig, batch: Images, *, mask_share: float = 0.5
-) -> tuple[jax.Array, jax.Array]:
+def spoil(cfg: RestorationConfig, batch: Images) -> tuple[jax.Array, jax.Array]:
     """Where the descent begins and which values it is judged by.
 
     Returns y_0 `[R, S, S, C]` and bool of its shape: False where nothing is to be restored.
@@ -110,7 +106,7 @@ def spoil(
         jnp.asarray(batch.seed),
         grid=cfg.image_size // cfg.patch_size,
         patch_size=cfg.patch_size,
-        share=mask_share,
+        share=cfg.mask_share,
     )
     return jnp.where(marked, noise, clean), judged & marked
 
@@ -178,7 +174,7 @@ def make_loss(
         params: Any, extra: Any, batch: Any, *, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
         del extra, step, key
-        start, judged = spoil(cfg, batch, mask_share=cfg.mask_share)
+        start, judged = spoil(cfg, batch)
         images = jnp.asarray(batch.where)
         # Padding moves too, towards nothing: what it becomes is deleted below.
         free = judged | ~images[:, None, None, None]

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlib_methods import energy, late_to_early, next_token
+from jaxlib_methods import diffusion_image, energy, energy_image, late_to_early, next_token
 from jaxlib_methods.method import Context, Method
 from jaxlib_methods.models import transformer
 from jaxlib_methods.models.config import TransformerConfig
@@ -29,6 +29,18 @@ METHODS: dict[str, Entry] = {
     "next_token": Entry(next_token.NextTokenConfig, next_token.make),
     "late_to_early": Entry(late_to_early.LateToEarlyConfig, late_to_early.make),
     "energy": Entry(energy.EnergyConfig, energy.make, init_model=energy.init_params),
+    "energy_image": Entry(
+        energy_image.EnergyImageConfig,
+        energy_image.make,
+        baseline="diffusion_image",
+        init_model=energy_image.init_params,
+    ),
+    "diffusion_image": Entry(
+        diffusion_image.DiffusionImageConfig,
+        diffusion_image.make,
+        baseline="diffusion_image",
+        init_model=diffusion_image.init_params,
+    ),
 }
 
 

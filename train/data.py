@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlib_methods.method import Batch
+from jaxlib_methods.method import Batch, Dataset
 from jaxlib_methods.train import corpus
 from jaxlib_methods.train.config import DataConfig
 from jaxlib_methods.train.token_cache import TokenStream, open_stream
@@ -77,7 +77,7 @@ class TextDataset:
         counts = [-(-stream.num_targets // sequence_length) for stream in streams]
         self._ends = np.cumsum(counts)
         self.num_examples = int(self._ends[-1])
-        self.bytes_per_token = sum(stream.num_bytes for stream in streams) / sum(
+        self.bytes_per_token: float | None = sum(stream.num_bytes for stream in streams) / sum(
             stream.num_targets for stream in streams
         )
         parts = "".join(stream.fingerprint for stream in streams)
@@ -171,41 +171,52 @@ def _check_disjoint(cfg: DataConfig) -> None:
         )
 
 
-def rows_on(devices: Iterable[Any], sharding: NamedSharding, shape: tuple[int, int]) -> np.ndarray:
+def rows_on(devices: Iterable[Any], sharding: NamedSharding, shape: tuple[int, ...]) -> np.ndarray:
     """The rows of a global array of which these devices hold a part, sorted."""
     held = sharding.devices_indices_map(shape)
     rows = np.arange(shape[0])
     return np.unique(np.concatenate([rows[held[device][0]] for device in devices]))
 
 
-def put_rows(
-    dataset: TextDataset, indices: np.ndarray, *, mesh: Mesh, spec: PartitionSpec
-) -> Batch:
-    """The global batch of the examples at `indices`; a process builds only the rows it holds."""
-    shape = (len(indices), dataset.sequence_length)
-    sharding = NamedSharding(mesh, spec)
-    local = rows_on(sharding.addressable_devices, sharding, shape)
+def field_spec(field: np.ndarray, spec: PartitionSpec) -> PartitionSpec:
+    """Where a field of a batch is cut, given how tokens `[B, L]` are.
+
+    The rows of any field; the second axis of token fields (integers and bools `[B, L]`) alone.
+    """
+    tokens = field.ndim == 2 and field.dtype.kind in "iub"
+    return spec if tokens else PartitionSpec(*spec[:1])
+
+
+def put_rows(dataset: Dataset, indices: np.ndarray, *, mesh: Mesh, spec: PartitionSpec) -> Any:
+    """The global batch of the examples at `indices`; a process builds only the rows it holds.
+
+    spec: how token fields are cut. Returns the dataset's NamedTuple, of global arrays.
+    """
+    total = len(indices)
+    by_rows = NamedSharding(mesh, PartitionSpec(*spec[:1]))
+    local = rows_on(by_rows.addressable_devices, by_rows, (total,))
     built = dataset.rows(indices[local])
 
     def put(field: np.ndarray) -> jax.Array:
         def shard(index: Any) -> np.ndarray:  # a slice per axis
-            rows = np.searchsorted(local, np.arange(shape[0])[index[0]])
-            return field[rows][:, index[1]]
+            rows = np.searchsorted(local, np.arange(total)[index[0]])
+            return field[rows][(slice(None), *index[1:])]
 
-        return jax.make_array_from_callback(shape, sharding, shard)
+        sharding = NamedSharding(mesh, field_spec(field, spec))
+        return jax.make_array_from_callback((total, *field.shape[1:]), sharding, shard)
 
-    return Batch(*(put(np.asarray(field)) for field in built))
+    return type(built)(*(put(np.asarray(field)) for field in built))
 
 
 def device_batches(
-    dataset: TextDataset,
+    dataset: Dataset,
     *,
     batch_size: int,
     mesh: Mesh,
     spec: PartitionSpec,
     start_step: int = 0,
     num_threads: int = 2,
-) -> Generator[Batch, None, None]:
+) -> Generator[Any, None, None]:
     """Batches of steps `start_step`, `start_step + 1`, ..., each made ahead by a thread.
 
     `start_step` is the whole position: it means the same data for the same `batch_size` on any
@@ -214,11 +225,11 @@ def device_batches(
     check_divisible(batch_size, dataset.sequence_length, mesh=mesh, spec=spec)
     steps = itertools.count(start_step)
 
-    def batch(step: int) -> Batch:
+    def batch(step: int) -> Any:
         indices = np.arange(step * batch_size, (step + 1) * batch_size)
         return put_rows(dataset, indices, mesh=mesh, spec=spec)
 
-    def ahead() -> Generator[Batch, None, None]:
+    def ahead() -> Generator[Any, None, None]:
         threads = ThreadPoolExecutor(num_threads, thread_name_prefix="data")
         try:
             waiting = collections.deque(
@@ -257,8 +268,8 @@ def check_divisible(
 
 
 def validation_batches(
-    dataset: TextDataset, *, batch_size: int, max_batches: int, mesh: Mesh, spec: PartitionSpec
-) -> list[Batch]:
+    dataset: Dataset, *, batch_size: int, max_batches: int, mesh: Mesh, spec: PartitionSpec
+) -> list[Any]:
     """At most `max_batches` batches of a sequential dataset, the last one padded with empty rows.
 
     Where they do not reach for the whole set, the examples taken are evenly spread over it.

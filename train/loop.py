@@ -12,7 +12,7 @@ import optax
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlib_methods.method import Batch, Method
+from jaxlib_methods.method import Method
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import checkpoint, data, distributed, metrics, report
 from jaxlib_methods.train import state as train_state
@@ -86,7 +86,7 @@ def _place(prepared: Prepared) -> tuple[Mesh, optax.GradientTransformation, Trai
     mesh = mesh_of(config.mesh)
     data.check_divisible(
         config.data.batch_size,
-        config.data.sequence_length,
+        prepared.dataset.sequence_length,
         mesh=mesh,
         spec=partitioning.batch_spec(),
         num_microbatches=config.train.num_microbatches,
@@ -160,7 +160,7 @@ class _Loop:
         self._profiling = False
         self._warnings: set[str] = set()
         self._throughput = metrics.Throughput(
-            tokens_per_step=config.data.batch_size * config.data.sequence_length,
+            tokens_per_step=config.data.batch_size * prepared.dataset.sequence_length,
             flops_per_token=self._method.flops_per_token,
             device_kinds=[device.device_kind for device in mesh.devices.flat],
         )
@@ -221,7 +221,7 @@ class _Loop:
         self._throughput.flops_per_token = self._method.flops_per_token
         self._throughput.pause()
 
-    def _steps(self, state: TrainState, batches: Iterator[Batch]) -> None:
+    def _steps(self, state: TrainState, batches: Iterator[Any]) -> None:
         train, every = self._config.train, self._config.checkpoint.every
         for step in range(self._first_step, train.num_steps):
             if step == self._method.until:

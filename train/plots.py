@@ -44,11 +44,13 @@ def draw_curves(
     output_png: epath.PathLike,
     *,
     stop_steps: Mapping[str, int] | None = None,
+    unit: str | None = "nats per token",
 ) -> bool:
     """Draws the loss curves of the runs and, where they have one, the alignment below.
 
     runs: label -> metrics.jsonl. stop_steps: label -> the step at which its alignment ends, drawn
-    as a vertical line. Returns False, and says what to install, without matplotlib.
+    as a vertical line. unit: of the loss, None where it has none. Returns False, and says what to
+    install, without matplotlib.
     """
     try:
         import matplotlib as mpl
@@ -63,7 +65,7 @@ def draw_curves(
         figure = Figure(figsize=(8, 6.5 if aligned else 4.5), layout="constrained")
         grid = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)
         panels = list(grid[:, 0])
-        _draw_losses(panels[0], curves)
+        _draw_losses(panels[0], curves, unit)
         if aligned:
             _draw_alignment(panels[1], curves)
         for index, label in enumerate(curves):
@@ -75,7 +77,7 @@ def draw_curves(
     return True
 
 
-def _draw_losses(panel: Any, curves: Mapping[str, _Run]) -> None:
+def _draw_losses(panel: Any, curves: Mapping[str, _Run], unit: str | None) -> None:
     from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     for index, (label, run) in enumerate(curves.items()):
@@ -85,7 +87,8 @@ def _draw_losses(panel: Any, curves: Mapping[str, _Run]) -> None:
             panel.plot(*run["train/loss"], color=color, alpha=0.35, lw=1, label=text)
         if "validation/loss" in run:
             steps, values = run["validation/loss"]
-            text = f"{label}, validation: {values[-1]:.3f} at the end"
+            end = f"{values[-1]:.3f}" if unit else f"{values[-1]:.4g}"
+            text = f"{label}, validation: {end} at the end"
             panel.plot(steps, values, color=color, lw=1.8, marker="o", ms=4, label=text)
         if "train/teacher_loss" in run:
             mean = fmean(run["train/teacher_loss"][1])
@@ -95,7 +98,7 @@ def _draw_losses(panel: Any, curves: Mapping[str, _Run]) -> None:
     panel.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 2.5, 5, 10]))
     panel.yaxis.set_minor_locator(NullLocator())
     panel.yaxis.set_major_formatter(ScalarFormatter())
-    panel.set_ylabel("loss (nats per token, log scale)")
+    panel.set_ylabel(f"loss ({unit}, log scale)" if unit else "loss (log scale)")
     panel.legend(loc="upper right")
 
 

@@ -9,7 +9,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from jaxlib_methods import registry
-from jaxlib_methods.method import Context, Method, Pretrained
+from jaxlib_methods.method import Context, Dataset, Method, Pretrained
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import checkpoint, data, metrics
 from jaxlib_methods.train.checkpoint import Record
@@ -65,12 +65,23 @@ def prerequisites(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def baseline_of(config: RunConfig) -> RunConfig:
-    """The method's baseline on the same model, data, seed and budget."""
+    """The method's baseline on the same model, data, seed and budget.
+
+    Fields of the method's configuration that the baseline's has too keep their values.
+    """
+    baseline = registry.entry(config.method).baseline
+    config_class = registry.config_class(baseline)
+    names = {field.name for field in dataclasses.fields(config_class)}
+    shared = {
+        field.name: getattr(config.method_config, field.name)
+        for field in dataclasses.fields(config.method_config)
+        if field.name in names
+    }
     return dataclasses.replace(
         config,
-        method=registry.entry(config.method).baseline,
+        method=baseline,
         preset="",
-        method_config=None,
+        method_config=config_class(**shared),
         compare=False,
         checkpoint=dataclasses.replace(config.checkpoint, restore_from=None),
         workdir=str(epath.Path(config.workdir) / "baseline"),
@@ -83,8 +94,8 @@ class Prepared(NamedTuple):
     config: RunConfig
     record: Record
     method: Method
-    dataset: data.TextDataset
-    validation: data.TextDataset
+    dataset: Dataset
+    validation: Dataset
 
 
 def prepare(config: RunConfig) -> Prepared:
@@ -93,12 +104,16 @@ def prepare(config: RunConfig) -> Prepared:
     Raises ValueError or OSError for what would not work.
     """
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
-    _check_vocabulary(config, tokenizer)
     method, versions = _build(config, tokenizer)
+    if method.dataset is None:
+        _check_vocabulary(config, tokenizer)
     _check_given_weights(config, tokenizer)
     if config.train.tensorboard:
         metrics.require_tensorboard()
-    dataset, validation = _open_datasets(config.data)
+    if method.dataset is None:
+        dataset, validation = _open_datasets(config.data)
+    else:
+        dataset, validation = method.dataset("train"), method.dataset("validation")
     record = Record(
         config, tokenizer.fingerprint, dataset.fingerprint, method.until, "; ".join(versions)
     )
@@ -108,7 +123,7 @@ def prepare(config: RunConfig) -> Prepared:
 
 
 @functools.lru_cache(maxsize=1)
-def _open_datasets(config: DataConfig) -> tuple[data.TextDataset, data.TextDataset]:
+def _open_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
     tokenizer = load_tokenizer(config.tokenizer, separator_id=config.separator_id)
     return (
         data.open_dataset(config, tokenizer, split="train"),
@@ -158,6 +173,12 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
 def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
     weights = config.checkpoint.init_from
     if weights is not None:
+        if registry.entry(config.method).init_model is not None:
+            raise ValueError(
+                f"checkpoint.init_from={weights} is for plain transformers, and the method "
+                f"{config.method} trains another model; give checkpoint.restore_from, a run of its "
+                "own"
+            )
         found = checkpoint.load_pretrained(weights, weights=False)
         checkpoint.check_same_architecture(found.config, config.model, where=weights)
         if found.tokenizer not in (None, tokenizer.fingerprint):

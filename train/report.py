@@ -12,13 +12,16 @@ PICTURE = "curves.png"
 
 
 class Summary(NamedTuple):
-    """What a finished run came to. Losses in nats per token, on the validation split."""
+    """What a finished run came to. Losses on the validation split.
+
+    They are nats per token of text, where there are bits per byte; of anything else, the method's.
+    """
 
     workdir: str
     num_params: int
     num_steps: int
     validation_loss: float
-    bits_per_byte: float
+    bits_per_byte: float | None
     alignment: float | None  # cosine, the last that was measured
     seconds: float
     stop_step: int | None
@@ -28,9 +31,16 @@ Runs = dict[str, Summary]
 
 
 def summarise(
-    workdir: epath.PathLike, *, num_params: int, bytes_per_token: float, stop_step: int | None
+    workdir: epath.PathLike,
+    *,
+    num_params: int,
+    bytes_per_token: float | None,
+    stop_step: int | None,
 ) -> Summary:
-    """Reads a run's metrics.jsonl. Raises ValueError where it holds no evaluation."""
+    """Reads a run's metrics.jsonl. Raises ValueError where it holds no evaluation.
+
+    bytes_per_token: None where the loss is not of text.
+    """
     path = epath.Path(workdir) / FILE_NAME
     curves = plots.read_curves(path)
     if "validation/loss" not in curves:
@@ -42,7 +52,7 @@ def summarise(
         num_params=num_params,
         num_steps=steps[-1],
         validation_loss=losses[-1],
-        bits_per_byte=losses[-1] / math.log(2) / bytes_per_token,
+        bits_per_byte=bytes_per_token and losses[-1] / math.log(2) / bytes_per_token,
         alignment=alignment[-1] if alignment else None,
         seconds=curves["train/elapsed_secs"][1][-1],
         stop_step=stop_step,
@@ -81,32 +91,40 @@ def finish(runs: Runs, workdir: epath.PathLike) -> None:
     folder = epath.Path(workdir)
     paths = {name: epath.Path(summary.workdir) / FILE_NAME for name, summary in runs.items()}
     stops = {name: s.stop_step for name, s in runs.items() if s.stop_step is not None}
-    if plots.draw_curves(paths, folder / PICTURE, stop_steps=stops):
+    text = all(_is_text(summary) for summary in runs.values())
+    unit = "nats per token" if text else None
+    if plots.draw_curves(paths, folder / PICTURE, stop_steps=stops, unit=unit):
         print(f"curves: {folder / PICTURE}")
 
 
 def compare(name: str, summary: Summary, baseline: Summary) -> str:
     """One sentence: how many steps a run needed to the baseline's final validation loss."""
-    goal, total = baseline.validation_loss, baseline.num_steps
+    total, unit = baseline.num_steps, " nats per token" if _is_text(summary) else ""
+    goal = baseline.validation_loss
     reached = steps_to_reach(summary.workdir, goal)
     if reached is None:
         return (
-            f"{name} did not reach the baseline's final validation loss of {goal:.4f} nats per "
-            f"token within {summary.num_steps} steps; it ended at {summary.validation_loss:.4f}"
+            f"{name} did not reach the baseline's final validation loss of {goal:.4f}{unit} "
+            f"within {summary.num_steps} steps; it ended at {summary.validation_loss:.4f}"
         )
     return (
-        f"{name} reached the baseline's final validation loss of {goal:.4f} nats per token after "
+        f"{name} reached the baseline's final validation loss of {goal:.4f}{unit} after "
         f"{reached:.0f} of the baseline's {total} steps ({total / max(reached, 1):.2f}x)"
     )
 
 
+def _is_text(summary: Summary) -> bool:
+    return summary.bits_per_byte is not None
+
+
 def _row(name: str, summary: Summary) -> dict[str, object]:
+    bits = summary.bits_per_byte
     return {
         "run": name,
         "parameters": summary.num_params,
         "steps": summary.num_steps,
-        "nats per token": round(summary.validation_loss, 4),
-        "bits per byte": round(summary.bits_per_byte, 4),
+        "nats per token" if bits is not None else "loss": round(summary.validation_loss, 4),
+        "bits per byte": "-" if bits is None else round(bits, 4),
         "alignment cosine": "-" if summary.alignment is None else round(summary.alignment, 3),
         "time": f"{summary.seconds:.0f} s",
     }

@@ -19,24 +19,26 @@ class RestorationConfig:
     task: `denoise` adds noise to all of an image; `mask` replaces some of its patches by noise.
     image_size: pixels to a side. channels: 3 for colour, 1 for grey. patch_size: pixels to a side.
     noise_level: step of the linear schedule of 1000 steps at which noise is added, from 0; 99 is
-        the end of its first tenth.
+        the end of its first tenth. Of the task `denoise`.
+    mask_share: share of the patches that the task `mask` replaces.
     data_seed: another number is another set of images.
     """
 
     task: Task = "denoise"
     image_size: int = 32
-    channels: int = 3
+    channels: Literal[1, 3] = 3
     patch_size: int = 4
     noise_level: int = 99
+    mask_share: float = 0.5
     data_seed: int = 0
 
     def __post_init__(self) -> None:
         check_choices(self)
-        require(self.channels in (1, 3), f"channels={self.channels} must be 1 (grey) or 3 (colour)")
         require(
             0 <= self.noise_level < DIFFUSION_STEPS,
             f"noise_level={self.noise_level} must be between 0 and {DIFFUSION_STEPS - 1}",
         )
+        require(0 < self.mask_share < 1, f"mask_share={self.mask_share} must be between 0 and 1")
         require(self.data_seed >= 0, f"data_seed={self.data_seed} must not be negative")
         _ = self.patch_config(TransformerConfig(), "energy")  # image_size and patch_size
 

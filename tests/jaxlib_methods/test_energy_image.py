@@ -138,7 +138,7 @@ def test_only_masked_patches_are_judged_and_moved():
     cfg = dataclasses.replace(CFG, task="mask", mask_share=0.25, num_descent_steps=2)
     method, batch = build(cfg), batch_of(cfg)
     params, model = moved_params(method), cfg.patch_config(MODEL, "energy")
-    start, judged = energy_image.spoil(cfg, batch, mask_share=0.25)
+    start, judged = energy_image.spoil(cfg, batch)
     assert judged.mean() == 0.25
     np.testing.assert_array_equal(start, np.where(judged, batch.noise, batch.clean))
     path = energy_image.restore(cfg, model, params, start, judged)
@@ -150,7 +150,7 @@ def test_only_masked_patches_are_judged_and_moved():
     assert metrics["noisy_psnr"] < 15, "half of noise against an image, not diluted by the rest"
     # What stands under the mask in the clean image changes the target alone, not the start.
     other = batch._replace(clean=np.where(judged, -batch.clean, batch.clean))
-    np.testing.assert_array_equal(energy_image.spoil(cfg, other, mask_share=0.25)[0], start)
+    np.testing.assert_array_equal(energy_image.spoil(cfg, other)[0], start)
 
 
 def test_padding_rows_do_not_exist():
@@ -334,6 +334,21 @@ def test_diffusion_learns_the_noise_at_levels_up_to_its_own():
     assert at_99["noisy_psnr"] == energy["noisy_psnr"], "both are judged on the same images"
 
 
+def test_the_baseline_of_masked_patches_predicts_them_in_one_pass():
+    cfg = dataclasses.replace(NOISE, task="mask")
+    method, batch = build(cfg), batch_of(cfg)
+    params, model = moved_params(method), cfg.patch_config(MODEL, "image")
+    start, judged = energy_image.spoil(cfg, batch)
+    found = patch_transformer.forward(model, params, start, jnp.full(4, 999))
+    scalar, metrics = metrics_of(method, params, batch, evaluate=False)
+    assert method.evaluate is None
+    assert float(scalar) == pytest.approx(
+        float(np.square(found - batch.clean)[judged].mean()), rel=1e-4
+    )
+    error = losses.smooth_l1(found, jnp.asarray(batch.clean))[judged].mean()
+    assert metrics["loss"] == pytest.approx(float(error), rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("config", "fields", "message"),
     [
@@ -342,13 +357,12 @@ def test_diffusion_learns_the_noise_at_levels_up_to_its_own():
         (EnergyImageConfig, {"step_size_rate": -1.0}, "step_size_rate=-1.0 must not be negative"),
         (EnergyImageConfig, {"mask_share": 1.0}, "mask_share=1.0 must be between 0 and 1"),
         (EnergyImageConfig, {"patch_size": 5}, "image_size 32 is not a multiple of patch_size 5"),
-        (EnergyImageConfig, {"channels": 2}, "channels=2 must be 1"),
+        (EnergyImageConfig, {"channels": 2}, "channels 2 is unknown; choose one of [1, 3]"),
         (EnergyImageConfig, {"noise_level": 1000}, "noise_level=1000 must be between 0 and 999"),
         (EnergyImageConfig, {"data_seed": -1}, "data_seed=-1 must not be negative"),
         (EnergyImageConfig, {"task": "sharpen"}, "task 'sharpen' is unknown"),
         (EnergyImageConfig, {"memory": "none"}, "memory 'none' is unknown"),
         (EnergyImageConfig, {"loss_steps": "first"}, "loss_steps 'first' is unknown"),
-        (DiffusionImageConfig, {"task": "mask"}, "task=mask has no diffusion baseline"),
         (DiffusionImageConfig, {"num_denoise_steps": 101}, "between 1 and the 100 noise levels"),
     ],
 )  # fmt: skip

@@ -183,7 +183,7 @@ PRESET = "--preset=transformer_tiny"
         (["next_token"], "unexpected argument 'next_token'; flags are written --name=value"),
         ([], "nothing to run: give --preset (one of transformer_tiny, late_to_early_tiny, "),
         (["--preset=tiny"], "unknown preset 'tiny'; choose one of ['late_to_early_1p4b', "),
-        (["--method=sgd"], "unknown method 'sgd'; choose one of ['late_to_early', 'next_token'"),
+        (["--method=sgd"], "unknown method 'sgd'; choose one of ['diffusion_image', 'energy', "),
         (
             [PRESET, "--late_to_early.weight=0.5"],
             "--late_to_early.weight=0.5 belongs to the method late_to_early, but this run's method "

@@ -83,8 +83,8 @@ def test_comparison_in_words(tmp_path):
 def test_finish_prints_table_comparison_and_picture(tmp_path, capsys, monkeypatch):
     drawn = {}
 
-    def draw_curves(paths, output, *, stop_steps):
-        drawn.update(paths=paths, output=output, stop_steps=stop_steps)
+    def draw_curves(paths, output, *, stop_steps, unit):
+        drawn.update(paths=paths, output=output, stop_steps=stop_steps, unit=unit)
         return True
 
     monkeypatch.setattr(plots, "draw_curves", draw_curves)
@@ -105,6 +105,7 @@ def test_finish_prints_table_comparison_and_picture(tmp_path, capsys, monkeypatc
         f"curves: {tmp_path / 'curves.png'}\n"
     )
     assert drawn["stop_steps"] == {"let": 10}
+    assert drawn["unit"] == "nats per token"
     assert [str(path.parent) for path in drawn["paths"].values()] == [
         str(tmp_path / name) for name in ("teacher", "", "baseline")
     ]
