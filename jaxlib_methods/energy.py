@@ -138,6 +138,7 @@ def _flops_per_token(cfg: EnergyConfig, model: EnergyTransformerConfig, length: 
         trained_steps=1 if last_only else cfg.most_steps,
         learned_step=cfg.learn_step_size,
         chained=cfg.gradient == "all_steps",
+        memory=cfg.memory,
     )
     return flops * (1 + (1 / cfg.replay_every if cfg.replay_size else 0))
 

@@ -1,17 +1,21 @@
 """Floating-point operations of energy-based transformers: training, and thinking.
 
 Matmuls only, a multiply and an add counted apart, per predicted token, over the plain square of
-scores, without what `remat` and tiles compute again. With a pass of the candidate stream
+scores, without what `remat` and tiles compute again and without the energy head, whose matrix has
+one column. With a pass of the candidate stream
 
     F = blocks + attention + candidate embedding
 
-a descent step costs 2 F (the energy and its slope in the candidate) and its outer derivative,
-forward over reverse, 6 F more: energy and slope, each with a tangent, and two products for each
-weight.
+a descent step costs 2 F (the energy and its slope in the candidate). Its outer derivative costs
+6 F more forward over reverse (`memory=recompute`: energy and slope, each with a tangent, and two
+products for each weight) and 4 F more reverse over reverse (`memory=save`), but for the products
+of the candidate embedding that give a gradient to the candidate or the step size: they are there
+where that gradient is.
 """
 
 from typing import NamedTuple
 
+from jaxlib_methods.descent import Memory
 from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig
 
 
@@ -32,16 +36,14 @@ def candidate_pass(model: EnergyTransformerConfig, num_keys: int) -> Pass:
     weights = cfg.num_layers * (projections + matrices * cfg.embed_dim * cfg.mlp_size)
     attention = 4.0 * cfg.num_layers * cfg.num_heads * cfg.head_size * num_keys
     vocabulary = 2.0 * cfg.padded_vocab_size * cfg.embed_dim
-    # The energy head is a matrix of one column.
-    return Pass(2.0 * weights + 2.0 * cfg.embed_dim, attention, vocabulary)
+    return Pass(2.0 * weights, attention, vocabulary)
 
 
 def observe_flops(model: EnergyTransformerConfig, length: int) -> float:
     """The observed stream of a sequence of `length` tokens, per token, for all landscapes."""
     keys = length + model.shift
-    one = candidate_pass(model, keys)
-    per_token = one.blocks - 2.0 * model.trunk.embed_dim + one.attention
-    return max(model.num_landscapes, 1) * per_token * keys / length
+    blocks, attention, _ = candidate_pass(model, keys)
+    return max(model.num_landscapes, 1) * (blocks + attention) * keys / length
 
 
 def descent_flops(model: EnergyTransformerConfig, length: int) -> float:
@@ -57,15 +59,19 @@ def train_flops(
     trained_steps: int,
     learned_step: bool = True,
     chained: bool = False,
+    memory: Memory = "recompute",
 ) -> float:
-    """A training step per token of a sequence of `length` tokens, with memory=recompute.
+    """A training step per token of a sequence of `length` tokens.
 
     free_steps: descent steps without a derivative (their mean number). trained_steps: those with
     one. learned_step: the step size has a gradient. chained: so have the candidates between steps.
+    memory: how a step's derivative is computed, see `descent.descent_step`.
     """
     blocks, attention, vocabulary = candidate_pass(model, length + model.shift)
-    slope = 4 + learned_step + (chained and trained_steps > 1)
-    backward = 6 * blocks + 6 * attention + slope * vocabulary
+    if memory == "recompute":
+        backward = 6 * (blocks + attention) + (4 + learned_step + chained) * vocabulary
+    else:
+        backward = 4 * (blocks + attention) + (3 + chained) * vocabulary
     steps = free_steps + trained_steps
     return (
         3 * observe_flops(model, length)

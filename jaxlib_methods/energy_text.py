@@ -93,8 +93,11 @@ def initial_logits(cfg: EnergyConfig, shape: tuple[int, ...], key: jax.Array) ->
 
 
 def step_size(params: Mapping[str, Any]) -> jax.Array:
-    """alpha, not below 1e-4: the parameters hold its start and its size relative to that."""
-    alpha = params["step_size"]["value"] * params["step_unit"]["value"]
+    """alpha, not below 1e-4: the parameters hold its start and its size relative to that.
+
+    Its start has no gradient: it is not trained, and must not count when gradients are clipped.
+    """
+    alpha = params["step_size"]["value"] * jax.lax.stop_gradient(params["step_unit"]["value"])
     return jnp.maximum(alpha, SMALLEST_STEP)
 
 
@@ -167,6 +170,8 @@ def _train_loss(
     step_key, size_key, key = jax.random.split(key, 3)
     context = observe(model, params, batch)
     alpha = step_size(params)
+    if not cfg.learn_step_size:
+        alpha = jax.lax.stop_gradient(alpha)
     if cfg.random_step_size > 1:
         low, high = 1 / cfg.random_step_size, cfg.random_step_size
         shape = (*initial.shape[:-1], 1)
