@@ -7,7 +7,6 @@ same batches. One process per core; a run that is finished is not trained again,
 command may be interrupted. Prints Markdown tables.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -15,6 +14,7 @@ import pathlib
 from statistics import mean, stdev
 from typing import Any
 
+import numpy as np
 import pool
 from absl import app, flags
 
@@ -42,8 +42,16 @@ SYSTEM_2 = {
 }
 
 
-def run(name: str, seed: int, *, method: str = "energy", steps: int = STEPS,
-        rate: float | None = None, size: str = "d64", **fields: Any) -> tuple[str, dict]:  # fmt: skip
+def run(
+    name: str,
+    seed: int,
+    *,
+    method: str = "energy",
+    steps: int = STEPS,
+    rate: float | None = None,
+    size: str = "d64",
+    **fields: Any,
+) -> tuple[str, dict]:
     """One run: its folder, and what `config_of` makes a RunConfig of."""
     if rate is None:
         rate = RATE if method == "energy" else PLAIN_RATE
@@ -107,13 +115,14 @@ def tables() -> dict[str, dict[str, tuple[str, dict]]]:
         "no_replay": {"replay_size": 0},
     }
     plain = {"method": "next_token"}
+    three = SYSTEM_1 | {"num_steps": 3}
     equal_flops = round(flop_ratio() * STEPS)
     found = {
         "alphas": [
             run(f"alpha/{a:g}", 0, steps=300, **SYSTEM_1 | {"step_size": a}) for a in ALPHAS
         ],
         "rates": [
-            *(run(f"rate/s1_n3/{r}", 0, rate=r, **SYSTEM_1 | {"num_steps": 3}) for r in (1e-3, 4e-3)),
+            *(run(f"rate/s1_n3/{r}", 0, rate=r, **three) for r in (1e-3, 4e-3)),
             *(run(f"rate/s2/{r}", 0, rate=r, **SYSTEM_2) for r in (1e-3, 4e-3)),
             *(run(f"rate/plain/{r}", 0, rate=r, **plain) for r in (4e-3, 1.6e-2)),
         ],
@@ -122,7 +131,7 @@ def tables() -> dict[str, dict[str, tuple[str, dict]]]:
             for seed in SEEDS
             for arm in (
                 run("plain", seed, **plain),
-                run("s1_n3", seed, **SYSTEM_1 | {"num_steps": 3, "num_landscapes": 3}),
+                run("s1_n3", seed, **three | {"num_landscapes": 3}),
                 run("s1_n2", seed, **SYSTEM_1),
                 run("s2", seed, **SYSTEM_2),
                 run("plain_flops", seed, steps=equal_flops, **plain),
@@ -139,6 +148,152 @@ def tables() -> dict[str, dict[str, tuple[str, dict]]]:
         ],
     }  # fmt: skip
     return {name: dict(jobs) for name, jobs in found.items()}
+
+
+def final(folder: str, root: pathlib.Path) -> float:
+    """Validation loss at a run's end, nats per byte."""
+    from jaxlib_methods.train.plots import read_curves
+
+    return read_curves(root / folder / "metrics.jsonl")["validation/loss"][1][-1]
+
+
+def thought(folder: str, root: pathlib.Path, *, text: str = "", **fields: Any) -> Any:
+    """`infer.think` on a run, kept beside it. text: other than the run's validation split."""
+    from jaxlib_methods.infer import restore, think
+    from jaxlib_methods.models import partitioning
+    from jaxlib_methods.thinking import ThinkConfig
+
+    name = "_".join([f"{k}{v:g}" for k, v in fields.items()] + ["other" if text else "same"])
+    kept = root / folder / f"think_{name}.json"
+    if kept.exists():
+        values = json.loads(kept.read_text())
+        return think.Result(**values | {"rows": [think.Row(*row) for row in values["rows"]]})
+    found = restore.restore(str(root / folder), mesh=partitioning.make_mesh())
+    data = found.config.data
+    if text:
+        data = type(data)(**{**vars(data), "validation_source": text})
+    result = think.think(found, data, ThinkConfig(**fields), max_batches=16)
+    kept.write_text(json.dumps(result._asdict()))
+    return result
+
+
+def by_kind(result: Any, kind: str) -> list[float]:
+    """Nats per token of the rows of a kind, in their order."""
+    return [row.nats_per_token for row in result.rows if row.kind == kind]
+
+
+def named(result: Any, name: str) -> float:
+    """Nats per token of one row."""
+    return next(row.nats_per_token for row in result.rows if row.name.startswith(name))
+
+
+def line(*cells: Any) -> None:
+    """Prints a row of a Markdown table."""
+    print("| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |")
+
+
+def header(*cells: str) -> None:
+    """Prints the head of a Markdown table."""
+    print()
+    line(*cells)
+    line(*["---"] * len(cells))
+
+
+def show_alphas(root: pathlib.Path) -> None:
+    """E4: the step size, and the loss that it begins with."""
+    header("step size", "loss of the first 50 steps", "final validation loss")
+    for folder, job in tables()["alphas"].items():
+        from jaxlib_methods.train.plots import read_curves
+
+        curves = read_curves(root / folder / "metrics.jsonl")
+        line(job["fields"]["step_size"], curves["train/loss_first_step"][1][0], final(folder, root))
+
+
+def show_rates(root: pathlib.Path) -> None:
+    """The learning rate of each arm, seed 0."""
+    header("arm", "learning rate", "final validation loss")
+    arms = {"s1_n3": "s1_n3", "s2": "s2", "plain": "plain"}
+    for folder, job in tables()["rates"].items():
+        line(folder.split("/")[1], str(job["rate"]), final(folder, root))
+    for name in arms:
+        if (root / name / "seed0").exists():
+            line(name, str(PLAIN_RATE if name == "plain" else RATE), final(f"{name}/seed0", root))
+
+
+def show_systems(root: pathlib.Path, text: str) -> None:
+    """E1, E2, E3, E5 and the comparison with the plain transformer."""
+    header("arm", "validation loss, mean ± deviation", "each seed")
+    names = ("plain", "plain_flops", "s1_n2", "s1_n3", "s2")
+    for name in names:
+        each = [final(f"{name}/seed{seed}", root) for seed in SEEDS]
+        spread = f"{mean(each):.4f} ± {stdev(each):.4f}"
+        line(name, spread, ", ".join(f"{x:.3f}" for x in each))
+    for where, other in (("validation text", ""), ("other text", text)):
+        print(f"\nOn {where}, nats per byte after each step, then the mean energies:")
+        header("arm, seed", *(f"step {k}" for k in range(1, 9)), "energies", "correlation")
+        for name in names[2:]:
+            for seed in SEEDS:
+                found = thought(f"{name}/seed{seed}", root, text=other, num_steps=8, noise=0.0)
+                energies = ", ".join(f"{e:.2f}" for e in found.energies)
+                steps = by_kind(found, "steps")
+                line(f"{name}, {seed}", *steps, energies, found.correlation)
+        print(f"\nOn {where}, eight candidates with the noise of training (System 2: 3):")
+        header("arm, seed", "mean", "lowest energy", "highest energy", "oracle")
+        for name in names[2:]:
+            noise = 3.0 if name == "s2" else 0.0
+            for seed in SEEDS:
+                found = thought(
+                    f"{name}/seed{seed}", root, text=other, num_steps=3, num_candidates=8,
+                    noise=noise,
+                )  # fmt: skip
+                found_of = [
+                    named(found, key) for key in ("mean", "min_energy of 8", "max_energy", "oracle")
+                ]
+                line(f"{name}, {seed}", *found_of)
+
+
+def show_long(root: pathlib.Path, text: str) -> None:
+    """E6: what thinking gives after longer training, on the text and on another one."""
+    header("variant", "text", "3 steps", "gain of 10 steps %", "lowest of 8, gain %", "oracle")
+    for folder, job in tables()["long"].items():
+        noise = job["fields"]["noise"]
+        for where, other in (("validation", ""), ("other", text)):
+            more = thought(folder, root, text=other, num_steps=10, noise=noise)
+            many = thought(folder, root, text=other, num_steps=3, num_candidates=8, noise=noise)
+            steps, base = by_kind(more, "steps"), by_kind(many, "steps")[2]
+            gains = [100 * (1 - math.exp(x - base)) for x in (steps[9],)]
+            gains.append(100 * (1 - math.exp(named(many, "min_energy of 8") - named(many, "mean"))))
+            line(folder.split("/")[1], where, base, *gains, named(many, "oracle"))
+
+
+def show_scaling(root: pathlib.Path) -> None:
+    """log loss = c - a log(parameters) - b log(tokens), by least squares."""
+    import jax
+
+    from jaxlib_methods import registry
+
+    header("arm", "parameters", "tokens", "validation loss")
+    points: dict[str, list[tuple[float, float, float]]] = {"energy": [], "next_token": []}
+    for folder, job in tables()["scaling"].items():
+        config = config_of(folder, job, root)
+        shapes = jax.eval_shape(
+            lambda config=config: registry.init_model(
+                config.method, config.model, config.method_config, jax.random.key(0)
+            )
+        )
+        blocks = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes["blocks"]))
+        tokens, loss = job["steps"] * 1024, final(folder, root)
+        points[job["method"]].append((blocks, tokens, loss))
+        line(job["method"], blocks, tokens, loss)
+    header("arm", "exponent of parameters", "exponent of tokens")
+    for name, found in points.items():
+        values = np.log(np.array(found))
+        matrix = np.column_stack([np.ones(len(values)), -values[:, :2]])
+        solution, residual, *_ = np.linalg.lstsq(matrix, values[:, 2], rcond=None)
+        variance = residual[0] / (len(values) - 3)
+        errors = np.sqrt(np.diag(np.linalg.inv(matrix.T @ matrix)) * variance)
+        fitted = zip(solution[1:], errors[1:], strict=True)
+        line(name, *(f"{x:.3f} ± {e:.3f}" for x, e in fitted))
 
 
 def main(argv: list[str]) -> None:
