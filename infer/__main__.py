@@ -3,9 +3,13 @@
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --prompt="def "
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --mode=evaluate
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --mode=export --output=OUT
+    python -m jaxlib_methods.infer --workdir=runs/energy_image_tiny --mode=denoise --output=a.json
+    python -m jaxlib_methods.infer --workdir=runs/energy_tiny --mode=think --output=think.json
+    python -m jaxlib_methods.infer --workdir=runs/energy_tiny --mode=score --prompt="def f():"
 
 --workdir is a run or a Hugging Face folder. Generation takes --temperature, --top_k, --top_p,
---min_p, --stop, --num_samples and more prompts; --help describes all flags.
+--min_p, --stop, --num_samples and more prompts; an energy run takes --think.num_steps,
+--think.num_candidates and more, in every mode; --help describes all flags.
 """
 
 import dataclasses
@@ -24,17 +28,28 @@ def main(argv: list[str]) -> None:
     with flags.one_line_errors():
         asked = config.from_flags()
         from jaxlib_methods.infer import (
+            denoise,
             evaluate,
             export,
             generate,
             restore,
+            score,
+            think,
         )  # wrong flags fail before
 
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
         mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
-        restored = restore.restore(asked.workdir, mesh=mesh, step=asked.step)
-        modes = {"generate": generate, "evaluate": evaluate, "export": export}
+        restored = restore.restore(asked.workdir, mesh=mesh, step=asked.step, think=asked.think)
+        modes = {
+            "generate": generate,
+            "evaluate": evaluate,
+            "export": export,
+            "think": think,
+            "score": score,
+            "denoise": denoise,
+        }
+        denoise.check_mode(asked, restored)
         modes[asked.mode].run(asked, restored)
 
 

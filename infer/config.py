@@ -11,6 +11,7 @@ from absl import flags
 from etils import epath
 
 from jaxlib_methods.models.decoding import SamplingConfig
+from jaxlib_methods.thinking import ThinkConfig
 from jaxlib_methods.train.config import DataConfig, MeshConfig
 from jaxlib_methods.train.flags import Parser, format_value, help_texts
 
@@ -25,9 +26,12 @@ class InferConfig:
     """One call of inference.
 
     workdir: a run's workdir, or a Hugging Face folder.
-    mode: generate text, evaluate the validation loss, or export a Hugging Face folder.
+    mode: generate text, evaluate the validation loss, or export a Hugging Face folder; of an energy
+        run also think (quality against compute on validation text) and score (the energy of
+        prompts);
+        of an image run denoise (error against forward passes).
     step: which checkpoint of the run; none is the newest.
-    prompt: text to continue; may be given several times.
+    prompt: text to continue, or to score; may be given several times.
     prompt_file: a .jsonl file with a prompt in each line (a string, or an object with "prompt"),
         or a text file that is one prompt as a whole.
     num_samples: continuations of each prompt.
@@ -40,14 +44,17 @@ class InferConfig:
         line break, \\t a tab, \\\\ a backslash.
     seed: of the draws.
     stream: show text while it is drawn; none does so for one continuation on a terminal.
-    output: what to write: JSONL of continuations, JSON of the evaluation, the exported folder.
-    eval_batches: batches of the validation set, evenly spread; none takes all of it.
+    output: what to write: JSONL of continuations or scores, JSON of the evaluation or of thinking
+        and denoising (with a drawing of the same name beside it), the exported folder.
+    eval_batches: batches of the validation set, evenly spread; none takes all of it, for thinking
+        8.
     mesh: sizes of the mesh axes.
     data: fields of `DataConfig` that replace the run's own, for an evaluation on other text.
+    think: fields of `ThinkConfig`, for an energy run.
     """
 
     workdir: str = ""
-    mode: Literal["generate", "evaluate", "export"] = "generate"
+    mode: Literal["generate", "evaluate", "export", "think", "score", "denoise"] = "generate"
     step: int | None = None
     prompt: tuple[str, ...] = ()
     prompt_file: str | None = None
@@ -64,6 +71,7 @@ class InferConfig:
     eval_batches: int | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
+    think: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.workdir:
@@ -79,13 +87,16 @@ class InferConfig:
             raise ValueError(
                 "nothing to continue: give --prompt (it may be empty) or --prompt_file"
             )
-        if self.mode != "generate" and given:
-            raise ValueError("--prompt and --prompt_file are for --mode=generate")
+        if self.mode == "score" and not given:
+            raise ValueError("nothing to score: give --prompt or --prompt_file")
+        if self.mode not in ("generate", "score") and given:
+            raise ValueError("--prompt and --prompt_file are for --mode=generate and --mode=score")
         if self.mode == "export" and not self.output:
             raise ValueError("--mode=export needs --output, the folder to write")
-        if self.mode != "evaluate" and (self.data or self.eval_batches):
-            raise ValueError("--data.* and --eval_batches are for --mode=evaluate")
+        if self.mode not in ("evaluate", "think") and (self.data or self.eval_batches):
+            raise ValueError("--data.* and --eval_batches are for --mode=evaluate and --mode=think")
         _ = self.sampling  # validates itself
+        _ = ThinkConfig(**self.think)
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -122,12 +133,13 @@ def _read_prompts(path: str) -> list[str]:
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags of `InferConfig`, of the mesh and of the data in `values`."""
-    texts = help_texts(InferConfig)
+    """Defines the flags of `InferConfig`, of the mesh, the data and thinking in `values`."""
+    texts = {"": help_texts(InferConfig), "think": help_texts(ThinkConfig)}
     for section, field, hint in _fields():
         name = f"{section}.{field.name}" if section else field.name
         default = "the run's" if section == "data" else format_value(field.default)
-        text = f"{'' if section else texts[field.name]} (default: {default})".strip()
+        about = texts[section][field.name] if section in texts else ""
+        text = f"{about} (default: {default})".strip()
         flag: flags.Flag[Any]
         if hint in (bool, bool | None):
             flag = flags.BooleanFlag(name, None, text)
@@ -141,21 +153,23 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def from_flags(values: flags.FlagValues = flags.FLAGS) -> InferConfig:
     """What the parsed flags ask for. Raises ValueError for an impossible combination."""
-    given: dict[str, dict[str, Any]] = {"": {}, "mesh": {}, "data": {}}
+    given: dict[str, dict[str, Any]] = {"": {}, "mesh": {}, "data": {}, "think": {}}
     for section, field, hint in _fields():
         flag = values[f"{section}.{field.name}" if section else field.name]
         if not flag.using_default_value:
             value: Any = flag.value
             value = tuple(value) if get_origin(hint) is tuple else value
             given[section][field.name] = value
-    return InferConfig(**given[""], mesh=MeshConfig(**given["mesh"]), data=given["data"])
+    mesh = MeshConfig(**given["mesh"])
+    return InferConfig(**given[""], mesh=mesh, data=given["data"], think=given["think"])
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(section, field, type) of every flag."""
-    for section, cls in (("", InferConfig), ("mesh", MeshConfig), ("data", DataConfig)):
+    parts = {"": InferConfig, "mesh": MeshConfig, "data": DataConfig, "think": ThinkConfig}
+    for section, cls in parts.items():
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            nested = not section and field.name in ("mesh", "data")
+            nested = not section and field.name in parts
             if not nested and not (section == "data" and field.name in FIXED_DATA):
                 yield section, field, hints[field.name]

@@ -7,11 +7,10 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxlib_methods import next_token
+from jaxlib_methods import losses
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.method import Batch
@@ -40,39 +39,47 @@ def data_config(restored: Restored, overrides: dict[str, Any]) -> DataConfig:
     return dataclasses.replace(base, **overrides)
 
 
-def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = None) -> Evaluation:
-    """The next-token loss over the validation split, all of it or `max_batches` spread over it.
-
-    Raises ValueError where a sequence is longer than the model's context.
-    """
+def open_validation(restored: Restored, cfg: DataConfig) -> data.TextDataset:
+    """The validation split. Raises ValueError where a sequence exceeds the model's context."""
     if cfg.sequence_length > restored.model.max_length:
         raise ValueError(
             f"data.sequence_length={cfg.sequence_length} is longer than the model's context of "
             f"{restored.model.max_length}; give at most that"
         )
-    dataset = data.open_dataset(cfg, restored.tokenizer, split="validation")
-    loss = next_token.make_loss(restored.model)
+    return data.open_dataset(cfg, restored.tokenizer, split="validation")
+
+
+def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = None) -> Evaluation:
+    """The next-token loss over the validation split, all of it or `max_batches` spread over it.
+
+    Raises ValueError where a sequence is longer than the model's context.
+    """
+    dataset = open_validation(restored, cfg)
+    model = restored.language_model
 
     @jax.jit
     def sums(params: object, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        zero, key = jnp.zeros((), jnp.int32), jax.random.key(0)
-        return loss(params, (), batch, step=zero, key=key)[1]["loss"]
+        out = model(params, batch.inputs, positions=batch.positions, segments=batch.segments)
+        nll = losses.token_nll(out.logits, batch.targets, where=batch.where)
+        return losses.masked_sum(nll, where=batch.where)
 
     with jax.set_mesh(restored.mesh):
-        batches = _batches(dataset, cfg.batch_size, max_batches, restored)
         waiting, totals = [], np.zeros(2)
-        for batch in batches:
+        for batch in batches(dataset, cfg.batch_size, max_batches, restored):
             waiting.append(sums(restored.params, batch))
             if len(waiting) > 1:  # one behind: reading a sum waits for it, and its batch is freed
                 totals += jax.device_get(waiting.pop(0))
         total, count = totals + jax.device_get(waiting.pop())
     nats = float(total / count)
+    assert dataset.bytes_per_token is not None
+    assert dataset.bytes_per_token is not None  # it is text
     return Evaluation(nats, nats / (math.log(2) * dataset.bytes_per_token), int(count))
 
 
-def _batches(
+def batches(
     dataset: data.TextDataset, batch_size: int, max_batches: int | None, restored: Restored
 ) -> Iterable[Batch]:
+    """Global batches of a validation set: `max_batches` spread over it, or (None) all of it."""
     mesh, spec = restored.mesh, partitioning.batch_spec()
     if max_batches is not None:
         return data.validation_batches(

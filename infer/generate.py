@@ -12,11 +12,9 @@ import numpy as np
 from etils import epath
 
 from jaxlib_methods.infer.config import InferConfig
-from jaxlib_methods.infer.restore import Restored
+from jaxlib_methods.infer.restore import LanguageModel, Restored
 from jaxlib_methods.models import decoding
-from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.decoding import DecodeState, SamplingConfig
-from jaxlib_methods.models.transformer import forward
 
 DEFAULT_NEW_TOKENS = 128
 CHUNK_STEPS = 32  # between two looks at the text, where nobody watches
@@ -124,7 +122,7 @@ def left_pad(prompts: Sequence[Sequence[int]], *, width: int) -> tuple[np.ndarra
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
 def _start(
-    model: TransformerConfig,
+    model: LanguageModel,
     params: Any,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -132,18 +130,15 @@ def _start(
     max_new_tokens: int,
 ) -> DecodeState:
     slots = tokens.shape[1] + max_new_tokens - 1
-    cache = decoding.init_cache(model, batch_size=tokens.shape[0], length=slots)
-    apply = functools.partial(forward, model)
+    cache = model.init_cache(params, batch_size=tokens.shape[0], length=slots)
     return decoding.prefill(
-        apply, params, tokens, lengths, cache=cache, max_new_tokens=max_new_tokens
+        model, params, tokens, lengths, cache=cache, max_new_tokens=max_new_tokens
     )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _steps(
-    model: TransformerConfig, params: Any, state: DecodeState, **settings: Any
-) -> DecodeState:
-    return decoding.decode_steps(functools.partial(forward, model), params, state, **settings)
+def _steps(model: LanguageModel, params: Any, state: DecodeState, **settings: Any) -> DecodeState:
+    return decoding.decode_steps(model, params, state, **settings)
 
 
 def generate(
@@ -175,7 +170,7 @@ def generate(
         "stop_tokens": jnp.asarray(restored.stop_tokens, jnp.int32),
     }
     with jax.set_mesh(restored.mesh):
-        model, params = restored.model, restored.params
+        model, params = restored.language_model, restored.params
         state = _start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
         while any(row.finish is None for row in rows):
             state = _steps(model, params, state, **settings)

@@ -1,16 +1,44 @@
 """A finished model, with its tokenizer, from a run's workdir or a Hugging Face folder."""
 
+import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax
 from etils import epath
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
+from jaxlib_methods import energy
+from jaxlib_methods.energy_config import EnergyConfig
+from jaxlib_methods.models import decoding
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.transformer import KVCache, Outputs, forward
+from jaxlib_methods.thinking import ThinkConfig
+from jaxlib_methods.thinking_text import Thinker
 from jaxlib_methods.train import checkpoint
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Trunk:
+    """A plain transformer as a language model: its call and its cache. See `Thinker`."""
+
+    model: TransformerConfig
+
+    def __call__(self, params: Any, inputs: jax.Array, **arguments: Any) -> Outputs:
+        """`models.transformer.forward` of this model."""
+        return forward(self.model, params, inputs, **arguments)
+
+    def init_cache(self, params: Any, *, batch_size: int, length: int) -> KVCache:
+        """An empty cache of `length` tokens."""
+        del params
+        return decoding.init_cache(self.model, batch_size=batch_size, length=length)
+
+
+LanguageModel = Trunk | Thinker
 
 
 class Restored(NamedTuple):
@@ -18,7 +46,7 @@ class Restored(NamedTuple):
 
     config, step: of the run and its checkpoint; None for a Hugging Face folder.
     params: sharded over `mesh`. first_token: stands in front of every text the model has seen.
-    stop_tokens: end a text.
+    stop_tokens: end a text. think: how an energy run predicts.
     """
 
     config: RunConfig | None
@@ -29,27 +57,65 @@ class Restored(NamedTuple):
     mesh: Mesh
     first_token: int
     stop_tokens: tuple[int, ...]
+    think: ThinkConfig = ThinkConfig()
+
+    @property
+    def language_model(self) -> LanguageModel:
+        """What predicts the next token, chosen by the run's method."""
+        return Trunk(self.model) if self.thinker is None else self.thinker
+
+    @property
+    def thinker(self) -> Thinker | None:
+        """The language model of an energy run; None for another."""
+        run = None if self.config is None else self.config.method_config
+        if not isinstance(run, EnergyConfig):
+            return None
+        return Thinker(run, energy.model_config(self.model, run), self.think)
+
+    def require_thinker(self, mode: str) -> Thinker:
+        """The thinker. Raises ValueError where there is none, in the name of a mode."""
+        if self.thinker is None:
+            method = "no run" if self.config is None else f"a run of {self.config.method}"
+            raise ValueError(f"--mode={mode} is for an energy run, and this is {method}")
+        return self.thinker
 
 
-def restore(workdir: str, *, mesh: Mesh, step: int | None = None) -> Restored:
+def restore(
+    workdir: str,
+    *,
+    mesh: Mesh,
+    step: int | None = None,
+    think: Mapping[str, Any] | None = None,
+) -> Restored:
     """Reads the configuration, the tokenizer and the parameters, not the optimiser.
 
     step: which checkpoint of a run; None takes the newest. The mesh need not be the run's.
+    think: fields of `ThinkConfig`, for an energy run only.
     Raises FileNotFoundError or ValueError where there is no such model.
     """
     folder = epath.Path(workdir).expanduser()
     if checkpoint.checkpoints_folder(folder).exists():
-        return _restore_run(folder, mesh, step)
+        return _restore_run(folder, mesh, step, think or {})
     if step is not None:
         raise ValueError(f"--step={step} is for a run; {workdir} holds no checkpoints")
+    _check_think(think or {}, workdir, None)
     return _restore_huggingface(folder, mesh)
 
 
-def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None) -> Restored:
+def _check_think(think: Mapping[str, Any], workdir: object, config: RunConfig | None) -> None:
+    if think and (config is None or not isinstance(config.method_config, EnergyConfig)):
+        what = "a Hugging Face folder" if config is None else f"a run of {config.method}"
+        raise ValueError(f"--think.{next(iter(think))} is for an energy run; {workdir} is {what}")
+
+
+def _restore_run(
+    folder: epath.Path, mesh: Mesh, step: int | None, think: Mapping[str, Any]
+) -> Restored:
     record = checkpoint.read_record(folder)
     if record is None:
         raise FileNotFoundError(f"{folder} holds no run: it has no {checkpoint.CONFIG_FILE}")
     config = record.config
+    _check_think(think, folder, config)
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
     if tokenizer.fingerprint != record.tokenizer:
         raise ValueError(
@@ -67,7 +133,17 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None) -> Restored:
         abstract = {"params": checkpoint.abstract_run_params(config, mesh)}
         params = checkpointer.load_checkpointables(chosen, abstract)["params"]
     first = tokenizer.separator
-    return Restored(config, config.model, params, tokenizer, chosen, mesh, first, (first,))
+    return Restored(
+        config,
+        config.model,
+        params,
+        tokenizer,
+        chosen,
+        mesh,
+        first,
+        (first,),
+        ThinkConfig(**think),
+    )
 
 
 def _restore_huggingface(folder: epath.Path, mesh: Mesh) -> Restored:

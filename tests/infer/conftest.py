@@ -1,14 +1,17 @@
-"""A small random model, as it would be restored."""
+"""Small random models, as they would be restored."""
 
 from typing import Any
 
 import jax
 import pytest
 
+from jaxlib_methods import energy
+from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import init_params
+from jaxlib_methods.train.config import DataConfig, RunConfig
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
 MODEL = TransformerConfig(
@@ -42,3 +45,33 @@ def restored() -> Restored:
 def restored_on_eight() -> Restored:
     """On a mesh of eight devices."""
     return restored_on(jax.devices(), data=4, tensor=2)
+
+
+ENERGY = EnergyConfig(num_steps=2, step_size=30.0, noise=0.5)
+
+
+def energy_on(devices: list[Any], **sizes: int) -> Restored:
+    """The same random energy model on any mesh."""
+    mesh = partitioning.make_mesh(**sizes, devices=devices)
+    key = jax.random.key(0)
+    boxed = jax.eval_shape(lambda: energy.init_params(MODEL, ENERGY, key))
+    params = jax.device_put(
+        jax.jit(lambda: partitioning.unbox(energy.init_params(MODEL, ENERGY, key)))(),
+        partitioning.param_shardings(boxed, mesh),
+    )
+    run = RunConfig(
+        method="energy", model=MODEL, method_config=ENERGY, data=DataConfig(sequence_length=64)
+    )
+    return Restored(run, MODEL, params, ByteTokenizer(), None, mesh, 0, (0,))
+
+
+@pytest.fixture(scope="session")
+def restored_energy() -> Restored:
+    """An energy model on one device."""
+    return energy_on(jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def restored_energy_on_eight() -> Restored:
+    """An energy model on a mesh of eight devices."""
+    return energy_on(jax.devices(), data=4, tensor=2)

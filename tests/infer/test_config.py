@@ -48,6 +48,12 @@ def test_data_flags_are_overrides():
     assert got.data == {"source": "x.txt", "batch_size": 2}
 
 
+def test_think_flags_are_fields_of_the_thinking():
+    got = parsed("--workdir=a", "--mode=think", "--think.num_steps=8", "--think.stop=energy")
+    assert got.think == {"num_steps": 8, "stop": "energy"}
+    assert parsed("--workdir=a", "--mode=think").think == {}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -58,7 +64,11 @@ def test_data_flags_are_overrides():
         (["--workdir=a", "--prompt=x", "--stop="], "empty --stop"),
         (["--workdir=a", "--prompt=x", "--mode=evaluate"], "--prompt and --prompt_file are for"),
         (["--workdir=a", "--prompt=x", "--data.source=b"], "--data.* and --eval_batches are for"),
-        (["--workdir=a", "--prompt=x", "--mode=think"], "one of generate, evaluate"),
+        (["--workdir=a", "--prompt=x", "--mode=dream"], "one of generate, evaluate"),
+        (["--workdir=a", "--prompt=x", "--mode=think"], "are for --mode=generate and --mode=score"),
+        (["--workdir=a", "--mode=score"], "nothing to score: give --prompt"),
+        (["--workdir=a", "--prompt=x", "--think.num_steps=0"], "think.num_steps=0 must be at"),
+        (["--workdir=a", "--mode=think", "--think.stop=now"], "one of none, energy, entropy"),
         (["--workdir=a", "--promt=x"], "unknown flag --promt; did you mean --prompt"),
         (["--workdir=a", "--prompt=x", "--mesh.data=0"], "mesh.data=0"),
         (["--workdir=a", "--data.tokenizer=b"], "unknown flag --data.tokenizer"),
@@ -74,7 +84,8 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str):
 def test_every_own_flag_has_its_help():
     values = absl_flags.FlagValues()
     config.define(values)
-    for name in (n for n in values if "." not in n and n in config.InferConfig.__annotations__):
+    own = config.InferConfig.__annotations__
+    for name in (n for n in values if n in own or n.startswith("think.")):
         assert len(str(values[name].help).split(" (default")[0]) > 10, name
 
 

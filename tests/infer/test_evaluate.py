@@ -44,6 +44,7 @@ def test_loss_is_the_mean_over_every_target_by_numpy(restored: Restored, cfg: Da
     got = evaluate(restored, cfg)
     assert got.num_tokens == len(expected)
     np.testing.assert_allclose(got.nats_per_token, expected.mean(), rtol=1e-5)
+    assert dataset.bytes_per_token is not None
     bits = got.nats_per_token / math.log(2) / dataset.bytes_per_token
     np.testing.assert_allclose(got.bits_per_byte, bits, rtol=1e-6)
     assert dataset.num_examples % cfg.batch_size  # the last batch is padded
