@@ -119,9 +119,15 @@ def _attend(
     q_BLKGC = query.reshape(B, L, K, H // K, C) * jnp.asarray(C**-0.5, query.dtype)
     s_BKGLM = jnp.einsum("blkgc,bmkc->bkglm", q_BLKGC, context.key, preferred_element_type=wide)
     s_BKGLM = jnp.where(where[:, None, None], s_BKGLM, jnp.asarray(MASKED_SCORE, wide))
-    s_BLKG = jnp.sum((q_BLKGC * own_key).astype(wide), axis=-1)
-    both = jnp.concatenate([s_BKGLM, jnp.moveaxis(s_BLKG, 1, 3)[..., None]], axis=-1)
-    p = jax.nn.softmax(both, axis=-1).astype(own_value.dtype)
-    mixed = jnp.einsum("bkglm,bmkc->blkgc", p[..., :-1], context.value)
-    mixed = mixed + jnp.moveaxis(p[..., -1], 3, 1)[..., None] * own_value
+    s_BKGL1 = jnp.moveaxis(jnp.sum((q_BLKGC * own_key).astype(wide), axis=-1), 1, 3)[..., None]
+    # The softmax over both parts without joining them, divided after the products with the values.
+    top = jax.lax.stop_gradient(jnp.maximum(s_BKGLM.max(axis=-1, keepdims=True), s_BKGL1))
+    e_BKGLM, e_BKGL1 = jnp.exp(s_BKGLM - top), jnp.exp(s_BKGL1 - top)
+    total = e_BKGLM.sum(axis=-1, keepdims=True) + e_BKGL1
+    dtype = own_value.dtype
+    mixed = jnp.einsum(
+        "bkglm,bmkc->blkgc", e_BKGLM.astype(dtype), context.value, preferred_element_type=wide
+    )
+    e_BLKG1, total = jnp.moveaxis(e_BKGL1, 3, 1), jnp.moveaxis(total, 3, 1)
+    mixed = (mixed + e_BLKG1 * own_value.astype(wide)) / total
     return mixed.reshape(B, L, H, C).astype(query.dtype)
