@@ -322,7 +322,29 @@ FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
 
 def test_every_field_is_listed():
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    assert names - set(FIELDS) == {"remat"}  # it must not matter, see below
+    # remat must not matter, kernel_init only where parameters are drawn: see below.
+    assert names - set(FIELDS) == {"remat", "kernel_init"}
+
+
+def test_kernels_are_drawn_as_the_configuration_says():
+    # Width 256, hidden 768, 8 heads of 32 of which 2 have keys: fan-ins 256, 256 and 768.
+    cfg = dataclasses.replace(
+        BASE, embed_dim=256, num_heads=8, num_kv_heads=2, head_dim=32, mlp_dim=768
+    )
+    read, written = 256**-0.5, (2 * cfg.num_layers) ** -0.5
+    scaled = {"query": read, "key": read, "output": read * written, "up": read}
+    scaled["down"] = 768**-0.5 * written
+    xavier = {"query": (2 / 512) ** 0.5, "key": (2 / 320) ** 0.5, "output": (2 / 512) ** 0.5}
+    xavier |= dict.fromkeys(("up", "down"), (2 / 1024) ** 0.5)
+    for kind, deviations in (("scaled", scaled), ("xavier", xavier)):
+        blocks = jax.jit(
+            lambda key, kind=kind: partitioning.unbox(
+                init_params(dataclasses.replace(cfg, kernel_init=kind), key)
+            )["blocks"]
+        )(jax.random.key(0))
+        kernels = blocks["attention"] | blocks["mlp"]
+        for name, deviation in deviations.items():
+            np.testing.assert_allclose(jnp.std(kernels[name]["kernel"]), deviation, rtol=0.02)
 
 
 @pytest.mark.parametrize("name", FIELDS)

@@ -1,6 +1,8 @@
-"""Attention: a loop in NumPy, the mask's rule, its gradient, extreme scores."""
+"""Attention: a loop in NumPy, the mask's rule, derivatives, extreme scores, tiles, memory."""
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,13 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxlib_methods.pallas_kernels.attention import attention_reference, visible
+from jaxlib_methods.pallas_kernels.attention import (
+    SHARED_SEGMENT,
+    Keys,
+    attention_reference,
+    tiled_attention,
+    visible,
+)
 
 B, L, M, K, G, C = 2, 3, 5, 2, 3, 7
 H = K * G
@@ -149,3 +157,114 @@ def test_bfloat16_keeps_its_dtype_and_scores_in_float32():
     got = attend(query, key, value, np.ones((1, 1, 2), bool), dtype=jnp.bfloat16)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32).reshape(-1), [0.5622] * 4, rtol=2**-8)
+
+
+# In tiles, with a context and one's own key: against one dense mask over both.
+
+LONG = 11  # queries; no tile but the whole divides them
+QUERY_POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 1, 2, 0, 0, 0], [3, 0, 4, 2, 2, 1, 0, 0, 1, 2, 4]])
+QUERY_SEGMENTS = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 2, 2, 3, 2, 2, 1]])
+KEY_POSITIONS = np.array([[0, 0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 0, 1]])
+KEY_SEGMENTS = np.array([[SHARED_SEGMENT, 1, 1, 1, 2, 2, 0], [0, 1, 1, 1, 1, 2, 2]])
+# By hand: document 1 of the first row sees the shared key and its own past.
+SEEN_BY_QUERY_2 = [1, 1, 1, 1, 0, 0, 0]
+
+
+@functools.cache
+def long_arrays() -> dict[str, np.ndarray]:
+    rng, keys = np.random.default_rng(1), KEY_POSITIONS.shape[1]
+    shapes = {"query": (LONG, H, C), "own_key": (LONG, K, C), "own_value": (LONG, K, C)}
+    shapes |= {"key": (keys, K, C), "value": (keys, K, C)}
+    return {name: rng.normal(size=(B, *shape)) for name, shape in shapes.items()}
+
+
+def in_tiles(arrays: dict[str, jax.Array], *, own: bool, tile: int) -> jax.Array:
+    places = (jnp.asarray(x) for x in (KEY_POSITIONS, KEY_SEGMENTS))
+    return tiled_attention(
+        arrays["query"],
+        Keys(arrays["key"], arrays["value"], *places),
+        positions=jnp.asarray(QUERY_POSITIONS),
+        segments=jnp.asarray(QUERY_SEGMENTS),
+        own=(arrays["own_key"], arrays["own_value"]) if own else None,
+        tile=tile,
+    )
+
+
+def dense_mask(*, own: bool) -> np.ndarray:
+    """`[B, L, M]`, or `[B, L, M + L]` with each query's own key behind the context's."""
+    where = np.zeros((B, LONG, KEY_POSITIONS.shape[1]), bool)
+    for b, i, j in np.ndindex(*where.shape):
+        document = KEY_SEGMENTS[b, j]
+        same = document in (SHARED_SEGMENT, QUERY_SEGMENTS[b, i])
+        where[b, i, j] = same and document != 0 and KEY_POSITIONS[b, j] <= QUERY_POSITIONS[b, i]
+    assert where[0, 2].tolist() == SEEN_BY_QUERY_2
+    themselves = np.broadcast_to(np.eye(LONG, dtype=bool), (B, LONG, LONG))
+    return np.concatenate([where, themselves], axis=-1) if own else where
+
+
+def densely(arrays: dict[str, jax.Array], *, own: bool) -> jax.Array:
+    both = [("key", "own_key"), ("value", "own_value")]
+    key, value = (
+        jnp.concatenate([arrays[n] for n in names], axis=1) if own else arrays[names[0]]
+        for names in both
+    )
+    return attention_reference(arrays["query"], key, value, where=jnp.asarray(dense_mask(own=own)))
+
+
+def derivatives(attend: Any, arrays: dict[str, jax.Array]) -> Any:
+    """The output, the gradient of something curved, and its tangent."""
+    rng = np.random.default_rng(2)
+    way = {name: jnp.asarray(rng.normal(size=x.shape)) for name, x in arrays.items()}
+    weight = jnp.asarray(rng.normal(size=(B, LONG, H, C)))
+
+    def total(arrays: dict[str, jax.Array]) -> jax.Array:
+        return jnp.sum(jnp.sin(attend(arrays)) * weight)
+
+    return attend(arrays), *jax.jvp(jax.grad(total), (arrays,), (way,))
+
+
+@pytest.mark.parametrize("own", [True, False])
+@pytest.mark.parametrize("tile", [1, 4, LONG])
+def test_tiles_equal_one_dense_mask(own, tile):
+    with jax.enable_x64(True):
+        arrays = jax.tree.map(jnp.asarray, long_arrays())
+        want = jax.jit(lambda a: derivatives(functools.partial(densely, own=own), a))(arrays)
+        part = functools.partial(in_tiles, own=own, tile=tile)
+        got = jax.jit(lambda a: derivatives(part, a))(arrays)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), got, want
+        )
+        assert all(bool(jnp.any(g != 0)) for n, g in want[2].items() if own or "own" not in n)
+
+
+def test_candidates_do_not_see_each_other():
+    arrays = {name: jnp.asarray(x, jnp.float32) for name, x in long_arrays().items()}
+    for name in ("own_key", "own_value"):
+        moved = arrays | {name: arrays[name].at[:, 5].add(1.0)}
+        before, after = (in_tiles(a, own=True, tile=4) for a in (arrays, moved))
+        same = jnp.all(before == after, axis=(0, 2, 3))
+        assert same.tolist() == [i != 5 for i in range(LONG)]
+
+
+def test_memory_is_linear_in_the_length():
+    def temporary(length: int, tile: int) -> int:
+        heads = jax.ShapeDtypeStruct((1, length, 2, 4), jnp.float32)
+        places = jnp.arange(length)[None]
+
+        def total(query: jax.Array, key: jax.Array, own: jax.Array) -> jax.Array:
+            context = Keys(key, key, places, places * 0 + 1)
+            mixed = tiled_attention(
+                query, context, positions=places, segments=places * 0 + 1, own=(own, own), tile=tile
+            )
+            return jnp.sum(mixed**2)
+
+        def tangent(*arrays: jax.Array) -> Any:  # forward over reverse, as a descent step does it
+            return jax.jvp(jax.grad(total, argnums=(0, 1, 2)), arrays, arrays)[1]
+
+        compiled = jax.jit(tangent).lower(heads, heads, heads).compile()
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
+
+    assert temporary(1024, 64) <= 2.3 * temporary(512, 64)
+    assert temporary(1024, 1024) >= 3.5 * temporary(512, 512)
