@@ -12,7 +12,6 @@ noise=3 replay_size=192`.
 """
 
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,22 +143,31 @@ def _flops_per_token(cfg: EnergyConfig, model: EnergyTransformerConfig, length: 
 
 
 def _check_memory(cfg: EnergyConfig, context: Context) -> None:
-    vocab = context.model.padded_vocab_size
-    rows = context.batch_size * (1 + (1 / cfg.replay_every if cfg.replay_size else 0))
+    vocab, limit = context.model.padded_vocab_size, cfg.max_candidate_gib
     # Of each step: where it began, its slope, where it ended, and the loss's gradient there.
     arrays = 4 if cfg.loss_steps == "last" and cfg.gradient == "one_step" else 4 * cfg.most_steps
-    one = rows * context.sequence_length * vocab * 4 / 2**30
-    buffer = cfg.replay_size * context.sequence_length * vocab * 4 / 2**30
-    needed = arrays * one + buffer
-    if needed > cfg.max_candidate_gib:
-        parts = math.ceil(arrays * one / max(cfg.max_candidate_gib - buffer, one / 64))
-        raise ValueError(
-            f"candidates over a vocabulary of {vocab} tokens take {needed:.1f} GiB over all "
-            f"devices ({arrays} arrays of {one:.2f} GiB, and {buffer:.1f} GiB of replay buffer), "
-            f"energy.max_candidate_gib={cfg.max_candidate_gib} allows less; give "
-            f"--train.num_microbatches={parts} times as large, a tokenizer of fewer tokens, a "
-            "smaller energy.replay_size, or a higher limit"
-        )
+    row = context.sequence_length * vocab * 4 / 2**30
+    buffer = cfg.replay_size * row
+    every = cfg.replay_every if cfg.replay_size else 1
+    one = row * (1 + 1 / every if cfg.replay_size else 1)  # array, for each fresh sequence
+    needed = arrays * one * context.batch_size + buffer
+    if needed <= limit:
+        return
+    parts, whole = context.num_microbatches, context.batch_size * context.num_microbatches
+    enough = [
+        n
+        for n in range(parts + 1, whole + 1)
+        if whole % (n * every) == 0 and arrays * one * (whole // n) + buffer <= limit
+    ]
+    advice = [f"--train.num_microbatches={enough[0]}"] if enough else []
+    advice.append("a tokenizer of fewer tokens")
+    advice += ["a smaller energy.replay_size"] if cfg.replay_size else []
+    held = f" and {buffer:.1f} GiB of replay buffer" if cfg.replay_size else ""
+    raise ValueError(
+        f"candidates over a vocabulary of {vocab} tokens take {needed:.1f} GiB over all devices "
+        f"({arrays} arrays of {one * context.batch_size:.2f} GiB{held}), "
+        f"energy.max_candidate_gib={limit} allows less; give {', '.join(advice)}, or a higher limit"
+    )
 
 
 def _check_replay(cfg: EnergyConfig, rows: int) -> None:

@@ -116,6 +116,7 @@ class Context:
     batch_size: int  # rows of a micro-batch, over all devices
     tokenizer: str  # fingerprint of the run's tokenizer
     load_pretrained: LoadPretrained
+    num_microbatches: int = 1  # of an optimiser step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,8 @@ class Method:
     evaluate: what validation computes; None: the loss. A method with a state must give it.
     rate_factors: top-level name of parameters -> factor on their learning rate.
     dataset: split -> the examples, where they are not the text of `data.source`.
-    monitor: the metrics of a logged step -> one sentence about what has gone wrong, or None.
+    monitor: the metrics of a logged step -> one sentence about what has gone wrong, or None. The
+        loop says it once: what stands before its colon names it.
     """
 
     init_params: Callable[[jax.Array], Params]

@@ -133,12 +133,18 @@ def _to_json(record: Record) -> dict[str, Any]:
     }
 
 
-def check_same_run(saved: Record, current: Record, *, where: object) -> None:
-    """Raises ValueError naming the first value in which a saved run is another than this one."""
+def check_same_run(
+    saved: Record, current: Record, *, where: object, stateful: bool = False
+) -> None:
+    """Raises ValueError naming the first value in which a saved run is another than this one.
+
+    stateful: the method has a state, whose rows are those of a micro-batch.
+    """
     old, new = to_dict(saved.config), to_dict(current.config)
     pairs = [(name, old[name], new[name]) for name in IDENTITY]
     pairs += [(f"data.{name}", old["data"][name], new["data"][name]) for name in DATA_IDENTITY]
-    pairs.append(("optimizer.name", old["optimizer"]["name"], new["optimizer"]["name"]))
+    sections = [("optimizer", "name"), *([("train", "num_microbatches")] if stateful else [])]
+    pairs += [(f"{part}.{name}", old[part][name], new[part][name]) for part, name in sections]
     for name, before, now in pairs:
         if isinstance(before, dict) and isinstance(now, dict):
             section = new["method"] if name == "method_config" else name

@@ -271,8 +271,9 @@ class _Loop:
     def _warn(self, step: int, values: dict[str, float]) -> None:
         """Says once what the method sees going wrong."""
         warning = self._method.monitor and self._method.monitor(values)
-        if warning and warning not in self._warnings:
-            self._warnings.add(warning)
+        kind = warning and warning.split(":")[0]  # the numbers behind it are others at every step
+        if kind and kind not in self._warnings:
+            self._warnings.add(kind)
             _say(f"warning at step {step}: {warning}")
 
     def _elapsed(self) -> dict[str, float]:

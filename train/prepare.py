@@ -117,7 +117,7 @@ def prepare(config: RunConfig) -> Prepared:
     record = Record(
         config, tokenizer.fingerprint, dataset.fingerprint, method.until, "; ".join(versions)
     )
-    _check_records(config, record)
+    _check_records(config, record, stateful=method.init_state is not None)
     _make_folder(config.workdir)
     return Prepared(config, record, method, dataset, validation)
 
@@ -165,6 +165,7 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
         batch_size=config.data.batch_size // config.train.num_microbatches,
         tokenizer=tokenizer.fingerprint,
         load_pretrained=load_pretrained,
+        num_microbatches=config.train.num_microbatches,
     )
     method_config = dataclasses.replace(config.method_config, **folders)
     return registry.build(config.method, method_config, context), versions
@@ -173,6 +174,11 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
 def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
     weights = config.checkpoint.init_from
     if weights is not None:
+        if registry.entry(config.method).init_model is not None:
+            raise ValueError(
+                f"checkpoint.init_from={weights} gives the weights of a plain transformer, the "
+                f"method {config.method} trains another model; leave it out"
+            )
         if registry.entry(config.method).init_model is not None:
             raise ValueError(
                 f"checkpoint.init_from={weights} is for plain transformers, and the method "
@@ -198,10 +204,10 @@ def _make_folder(workdir: str) -> None:
         raise ValueError(f"workdir {workdir} cannot be written to; give another --workdir")
 
 
-def _check_records(config: RunConfig, record: Record) -> None:
+def _check_records(config: RunConfig, record: Record, *, stateful: bool) -> None:
     saved = checkpoint.read_record(config.workdir)
     if saved is not None:
-        checkpoint.check_same_run(saved, record, where=config.workdir)
+        checkpoint.check_same_run(saved, record, where=config.workdir, stateful=stateful)
     given = config.checkpoint.restore_from
     if given is not None:
         other = checkpoint.read_record(given)
@@ -209,7 +215,7 @@ def _check_records(config: RunConfig, record: Record) -> None:
             raise FileNotFoundError(
                 f"checkpoint.restore_from={given} holds no run with a checkpoint"
             )
-        checkpoint.check_same_run(other, record, where=given)
+        checkpoint.check_same_run(other, record, where=given, stateful=stateful)
 
 
 @functools.cache

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlib_methods import late_to_early, next_token, registry
+from jaxlib_methods import energy, late_to_early, next_token, registry
 from jaxlib_methods.method import Batch, Context, Method
 from jaxlib_methods.models.config import TransformerConfig
 
@@ -77,6 +77,34 @@ def test_methods(name, config):
     boxed = jax.eval_shape(method.init_params, jax.random.key(0))
     assert set(boxed) == {"embedding", "blocks", "final_norm", "head"}
     assert method.flops_per_token > 0
+
+
+def test_energy_trains_another_model_whose_parameters_are_all_needed():
+    config = registry.config_class("energy")()
+    assert type(config) is energy.EnergyConfig
+    method = registry.build("energy", config, CONTEXT)
+    found, of_model = (
+        jax.eval_shape(init, jax.random.key(0))
+        for init in (
+            method.init_params,
+            lambda key: registry.init_model("energy", CONTEXT.model, config, key),
+        )
+    )
+    assert jax.tree.structure(found) == jax.tree.structure(of_model)
+    assert set(found) == {
+        "embedding", "candidate_embedding", "landscapes", "blocks", "final_norm", "energy_head",
+        "step_size", "step_unit",
+    }  # fmt: skip
+    assert method.flops_per_token > 0
+    assert registry.entry("energy").baseline == "next_token"
+
+
+def test_the_model_of_other_methods_is_the_transformer():
+    found = jax.eval_shape(
+        lambda key: registry.init_model("late_to_early", CONTEXT.model, None, key),
+        jax.random.key(0),
+    )
+    assert set(found) == {"embedding", "blocks", "final_norm", "head"}
 
 
 def test_every_configuration_is_frozen_keyword_only_and_has_defaults():

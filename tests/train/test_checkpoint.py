@@ -11,6 +11,7 @@ import optax
 import pytest
 from safetensors.numpy import save_file
 
+from jaxlib_methods import replay
 from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import huggingface, partitioning
 from jaxlib_methods.models.config import TransformerConfig
@@ -40,8 +41,8 @@ def mesh_of(*sizes):
     return partitioning.make_mesh(**dict(zip(partitioning.MESH_AXES, sizes, strict=True)))
 
 
-def abstract_on(mesh, *, added=False):
-    """An abstract state over a mesh, with a parameter of the method's own where asked."""
+def abstract_on(mesh, *, added=False, stored=False):
+    """An abstract state over a mesh, with a parameter or a state of the method's where asked."""
     boxed = jax.eval_shape(lambda: init_params(MODEL, jax.random.key(0)))
     params, places = partitioning.unbox(boxed), partitioning.param_shardings(boxed, mesh)
     if added:
@@ -51,6 +52,10 @@ def abstract_on(mesh, *, added=False):
     opt_places = partitioning.shardings_like_params(opt_state, params, places, mesh)
     state = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, opt_state)
     places = TrainState(partitioning.replicated(mesh), places, opt_places)
+    if stored:
+        boxed = replay.empty(jax.ShapeDtypeStruct((8, 5), jnp.float32), num_slots=3)
+        state = state._replace(method_state=partitioning.unbox(boxed))
+        places = places._replace(method_state=partitioning.param_shardings(boxed, mesh))
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state, places
     )
@@ -98,6 +103,60 @@ def test_restore_on_another_mesh_is_exact(tmp_path):
     kernel = got.params["blocks"]["mlp"]["up"]["kernel"]
     assert kernel.sharding.spec == abstract.params["blocks"]["mlp"]["up"]["kernel"].sharding.spec
     assert kernel.sharding.mesh.shape["tensor"] == 2
+
+
+def test_the_state_of_a_method_is_restored_on_another_mesh(tmp_path):
+    save(tmp_path, 4, stored=True)
+    other = abstract_on(mesh_of(2, 2, 2, 1), stored=True)
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        got = checkpoints.restore(other)
+    assert_same(got, numbered(other, step=4))
+    records = got.method_state.records
+    assert records.sharding == other.method_state.records.sharding
+    assert records.sharding.shard_shape(records.shape) == (3, 2, 5)
+    assert len(np.unique(records)) == records.size
+    # Inference needs none of it.
+    found = checkpoint.load_pretrained(str(tmp_path), mesh=mesh_of(2, 2, 2, 1))
+    assert_same(found.params, got.params)
+
+
+def test_a_checkpoint_without_a_state_of_the_method_is_whole(tmp_path):
+    abstract = save(tmp_path, 4)
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        assert checkpoints.restore(abstract).method_state == ()
+
+
+def save_energy_run(workdir, mesh):
+    """A run of the energy method at step 4; its record and its parameters."""
+    config = dataclasses.replace(RUN, method="energy", method_config=None)
+    record = RECORD._replace(config=config)
+    shapes = checkpoint.abstract_run_params(config, mesh)
+    abstract = TrainState(
+        jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh)), shapes, {}
+    )
+    state = numbered(abstract, step=4)
+    checkpoint.write_config(workdir, record)
+    with Checkpoints(workdir, keep=1, record=record) as checkpoints:
+        checkpoints.save(state)
+    return record, state.params
+
+
+def test_an_energy_run_keeps_all_its_parameters_for_inference(tmp_path):
+    record, params = save_energy_run(tmp_path, mesh_of(1, 8, 1, 1))
+    assert {"energy_head", "candidate_embedding", "step_size", "step_unit"} <= set(params)
+    assert "head" not in params
+    abstract = checkpoint.abstract_run_params(record.config, mesh_of(2, 2, 2, 1))
+    with checkpoint.ocp.training.Checkpointer(tmp_path / "checkpoints") as saved:
+        got = saved.load_checkpointables(4, {"params": abstract})["params"]
+    assert_same(got, params)
+    assert got["blocks"]["mlp"]["up"]["kernel"].sharding.mesh.shape["tensor"] == 2
+
+
+def test_an_energy_run_is_no_plain_model(tmp_path):
+    save_energy_run(tmp_path, mesh_of(1, 8, 1, 1))
+    with pytest.raises(ValueError, match="of the method energy, not a plain transformer") as said:
+        checkpoint.load_pretrained(str(tmp_path), weights=False)
+    assert "\n" not in str(said.value)
 
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path):

@@ -5,13 +5,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import flags
-from jaxlib_methods.train.distributed import process_arguments
+from jaxlib_methods.train.distributed import StopVote, process_arguments, stop_signal
 
 ADDRESS = {
     "JAX_COORDINATOR_ADDRESS": "host0:1234",
@@ -55,6 +57,57 @@ REFUSED = [
 def test_contradictions_are_refused(environment, message):
     with pytest.raises(ValueError, match=message):
         process_arguments(environment, hostname="host1.cluster")
+
+
+def test_the_signal_sets_an_event_and_is_given_back():
+    def mine(*_):
+        raise AssertionError("called while a run is under way")
+
+    before = signal.signal(signal.SIGTERM, mine)
+    try:
+        with stop_signal() as stop:
+            assert not stop.is_set()
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stop.wait(10)
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_outside_the_main_thread_the_signal_is_left_alone():
+    found = []
+
+    def body():
+        with stop_signal() as stop:
+            found.append((stop.is_set(), signal.getsignal(signal.SIGTERM)))
+
+    before = signal.getsignal(signal.SIGTERM)
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert found == [(False, before)]
+
+
+def test_one_process_answers_for_itself_at_once():
+    stop = threading.Event()
+    vote = StopVote(partitioning.make_mesh(data=8), stop)
+    assert not vote()
+    stop.set()
+    assert vote()
+
+
+def test_several_processes_answer_one_call_later(monkeypatch):
+    # With all devices here: what the answer is made of, without a second process.
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    stop = threading.Event()
+    vote = StopVote(partitioning.make_mesh(data=2, fsdp=4), stop)
+    assert not vote()
+    stop.set()
+    assert not vote()  # the flags of the call before
+    assert vote()
+    stop.clear()
+    assert vote()
+    assert not vote()
 
 
 class Processes:

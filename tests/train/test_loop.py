@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods import next_token, registry
+from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import huggingface
 from jaxlib_methods.models.partitioning import make_mesh
@@ -369,3 +370,68 @@ def test_profile_covers_its_window_and_no_other(tiny, tmp_path, monkeypatch):
 def test_profile_writes_a_trace(tiny, tmp_path):
     start(tiny(tmp_path, num_steps=3, profile_start=1, profile_steps=1, every=0))
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+# Energy-based training: a state of the method's own, its validation and its warnings.
+
+
+def energy_run(**fields):
+    values = {"num_steps": 2, "loss_steps": "last", "num_landscapes": 0, "noise": 1.0,
+              "random_step_size": 2.0, "replay_size": 4, "update_rms": 10.0}  # fmt: skip
+    return {"method": "energy", "method_config": EnergyConfig(**(values | fields))}
+
+
+@pytest.fixture
+def unbroken_energy(shared, tiny):
+    """A finished energy run of four steps with a replay buffer, trained once."""
+    config = tiny(shared / "energy", num_steps=4, batch_size=4, num_microbatches=2, **energy_run())
+    start(config)
+    return config
+
+
+def test_a_replay_buffer_resumes_as_if_unbroken(unbroken_energy, tiny, tmp_path, read_metrics):
+    config = dataclasses.replace(unbroken_energy, workdir=str(tmp_path))
+    start(config, stop_after=3)
+    start(config)
+    lines = read_metrics(tmp_path)
+    assert lines == read_metrics(Path(unbroken_energy.workdir))
+    replayed = [line["train/replayed"] for line in lines if "train/replayed" in line]
+    assert len(replayed) == 4
+    assert replayed[0] > 0  # the second micro-batch goes on from the first
+    assert min(replayed[1:]) > 0.3  # one row in three
+    assert "validation/loss_step_2" in lines[-1]
+    assert "validation/replayed" not in lines[-1]
+
+
+def test_what_gives_a_replay_buffer_its_shape_cannot_change(unbroken_energy, tiny):
+    def changed(**fields):
+        values = {"num_steps": 4, "batch_size": 4, "num_microbatches": 2, **energy_run()} | fields
+        loop.prepare(tiny(unbroken_energy.workdir, **values))
+
+    changed(num_steps=6)
+    with pytest.raises(ValueError, match=r"data\.batch_size=4, this run has data\.batch_size=8"):
+        changed(batch_size=8)
+    with pytest.raises(ValueError, match=r"energy\.replay_size=4, .*=8"):
+        changed(**energy_run(replay_size=8))
+    with pytest.raises(ValueError, match=r"train\.num_microbatches=2, .*=1"):
+        changed(num_microbatches=1)
+
+
+def test_an_energy_run_is_no_teacher_and_takes_no_plain_weights(
+    unbroken_energy, unbroken, tiny, tmp_path
+):
+    with pytest.raises(ValueError, match="of the method energy, not a plain transformer"):
+        loop.prepare(tiny(tmp_path, **let(unbroken_energy.workdir)))
+    for weights in (unbroken.workdir, unbroken_energy.workdir):
+        config = tiny(tmp_path, init_from=weights, batch_size=4, **energy_run())
+        with pytest.raises(ValueError, match=r"checkpoint\.init_from.* energy"):
+            loop.prepare(config)
+
+
+def test_a_warning_is_said_once(tiny, tmp_path, capfd):
+    # Its numbers are others at every step.
+    far = energy_run(update_rms=1e6)
+    start(tiny(tmp_path, num_steps=4, batch_size=4, num_microbatches=2, **far))
+    said = [line for line in capfd.readouterr().err.splitlines() if "warning" in line]
+    assert len(said) == 1
+    assert said[0].startswith("warning at step 1: the descent explodes: its updates have a root")

@@ -10,6 +10,8 @@ import optax
 import pytest
 from optax.contrib import MuonDimensionNumbers
 
+from jaxlib_methods import energy
+from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import init_params
@@ -123,6 +125,49 @@ def test_muon_takes_the_blocks_kernels():
         "blocks/attention/output/kernel": ((1, 2), (3,)),
         **{f"blocks/mlp/{n}/kernel": ((1,), (2,)) for n in ("gate", "up", "down")},
     }
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_rates_by_name_on_the_parameters_of_an_energy_model(name):
+    model = TransformerConfig(
+        vocab_size=11, num_layers=2, embed_dim=12, num_heads=2, mlp_dim=14, max_length=8
+    )
+    init = functools.partial(energy.init_params, model, EnergyConfig(step_size=5.0))
+    shapes = partitioning.unbox(jax.eval_shape(init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params, grads = (
+        jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+        for _ in range(2)
+    )
+    cfg = OptimizerConfig(
+        name=name, learning_rate=0.5, weight_decay=0.2, schedule="constant", warmup_fraction=0.0
+    )
+    plain = make_optimizer(cfg, 10)
+    factors = {"step_size": 3.0, "step_unit": 0.0, "energy_head": 0.5}
+    scaled = make_optimizer(cfg, 10, rate_factors=factors)
+
+    @jax.jit
+    def update(grads, params):
+        both = (one.update(grads, one.init(params), params)[0] for one in (plain, scaled))
+        return tuple(both)
+
+    before, after = update(grads, params)
+    for top in before:
+        factor = factors.get(top, 1.0)
+        for x, y in zip(jax.tree.leaves(before[top]), jax.tree.leaves(after[top]), strict=True):
+            assert x.any()
+            np.testing.assert_allclose(y, factor * x, rtol=1e-6, err_msg=top)
+    # A scalar takes Adam's first step, the rate times the sign, and does not decay. Muon's Adam has
+    # Nesterov's momentum: 0.9 * 0.1 / 0.19 + 1 = 28 / 19.
+    first = 0.5 * (28 / 19 if name == "muon" else 1)
+    sign = np.sign(grads["step_size"]["value"])
+    np.testing.assert_allclose(after["step_size"]["value"], -3 * first * sign, rtol=1e-3)
+    taken = by_path(
+        muon_dimensions(params), lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    )
+    taken = {path for path, value in taken.items() if value is not None}
+    assert taken == {path for path in taken if path.startswith("blocks/")}
+    assert len(taken) == 7
 
 
 MATRICES = {

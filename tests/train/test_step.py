@@ -98,6 +98,54 @@ def test_half_precision_gradients_are_added_up_in_float32():
     assert float(grads["kernel"][0]) == 1.0
 
 
+def counting_loss(params, extra, batch, state, *, step, key):
+    """Adds what has been seen so far to the slope: it shows which state a micro-batch was given."""
+    del extra, step, key
+    count = batch.where.sum(dtype=jnp.float32)
+    scalar = params["kernel"].sum() * state["seen"]
+    return scalar, {"loss": (state["seen"], count)}, {"seen": state["seen"] + count}
+
+
+def test_the_state_goes_from_one_micro_batch_to_the_next():
+    # Micro-batches of rows (0, 2) and (1, 3): 3 and 6 tokens, behind 10 of an earlier step.
+    params, state = {"kernel": jnp.ones(2)}, {"seen": jnp.float32(10)}
+
+    def three(num_microbatches):
+        return loss_and_gradients(
+            counting_loss, params, (), make_batch([1, 4, 2, 2]), state=state,
+            step=jnp.int32(0), key=jax.random.key(0), num_microbatches=num_microbatches,
+        )  # fmt: skip
+
+    grads, metrics, after = three(1)
+    np.testing.assert_allclose(grads["kernel"], [10, 10])
+    assert (float(metrics["loss"][0]), float(after["seen"])) == (10, 19)
+    grads, metrics, after = three(2)
+    np.testing.assert_allclose(grads["kernel"], np.full(2, (3 * 10 + 6 * 13) / 9), rtol=1e-6)
+    assert (float(metrics["loss"][0]), float(after["seen"])) == (10 + 13, 19)
+
+
+def test_the_train_step_keeps_the_state_and_validation_has_none():
+    optimizer = optax.sgd(1.0)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = {"kernel": jnp.zeros(3)}
+    state = train_state.TrainState(
+        jnp.int32(0), params, optimizer.init(params), {"seen": jnp.float32(0)}
+    )
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+    step = make_train_step(counting_loss, optimizer, lambda step: 0.0 * step, abstract)
+    for seen in (7.0, 14.0):
+        state, _ = step(state, (), make_batch([7]), jax.random.key(0))
+        assert float(state.method_state["seen"]) == seen
+    method = Method(
+        init_params=jnp.zeros, init=lambda key: (), loss=counting_loss, flops_per_token=0.0,
+        evaluate=toy_loss,
+    )  # fmt: skip
+    metrics = make_eval_step(method)(state, (), make_batch([7, 3]), jax.random.key(0))
+    assert metrics.keys() == {"loss", "draw", "step"}
+
+
 def make_toy(num_microbatches=1):
     optimizer = optax.sgd(1.0)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
