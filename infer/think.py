@@ -28,6 +28,7 @@ from jaxlib_methods.train.config import DataConfig
 DEFAULT_STEPS = 8
 DEFAULT_CANDIDATES = 4
 DEFAULT_BATCHES = 8
+LARGEST_NATS = 700.0  # whose exponential is a float
 STOPS: dict[Literal["energy", "entropy"], tuple[float, ...]] = {
     "energy": (0.02, 0.1, 0.5),
     "entropy": (0.1, 0.5, 1.0),
@@ -239,9 +240,9 @@ def _rows(plan: _Plan, length: int, means: dict[str, Any]) -> Iterator[Row]:
     num_steps, several = len(means["nll"]), plan.several.think
 
     def row(kind: str, name: str, candidates: int, steps: float, nats: float) -> Row:
-        gain = 100 * (1 - math.exp(nats - reference))
+        gain = 100 * (1 - _exp(nats - reference))
         flops = _flops(plan, length, steps, candidates)
-        return Row(kind, name, candidates, steps, nats, math.exp(nats), flops, gain)
+        return Row(kind, name, candidates, steps, nats, _exp(nats), flops, gain)
 
     for step, nats in enumerate(means["nll"], start=1):
         yield row("steps", f"{step} step{'s' * (step > 1)}", 1, step, float(nats))
@@ -258,6 +259,10 @@ def _rows(plan: _Plan, length: int, means: dict[str, Any]) -> Iterator[Row]:
     for cfg, (nats, used) in zip(plan.stops, stops, strict=True):
         name = f"{cfg.stop} below {cfg.tolerance:g}"
         yield row(f"stop_{cfg.stop}", name, 1, float(used), float(nats))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < LARGEST_NATS else math.inf
 
 
 def _flops(plan: _Plan, length: int, steps: float, candidates: int) -> float:
@@ -280,7 +285,7 @@ def table(result: Result) -> str:
         mark = " *" if row.kind == "steps" and row.steps == result.reference_steps else ""
         lines.append(
             f"{row.name + mark:26}{row.candidates:10}{row.steps:8.2f}{row.nats_per_token:12.4f}"
-            f"{row.perplexity:12.3f}{row.flops / 1e6:13.3f}{row.gain:9.2f}"
+            f"{row.perplexity:12.5g}{row.flops / 1e6:13.3f}{row.gain:9.4g}"
         )
     lines.append(
         f"* as trained. Energy {result.energies[result.reference_steps - 1]:.4f} there, "
@@ -322,6 +327,12 @@ def draw(result: Result, path: epath.Path) -> bool:
     return True
 
 
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity: null in its place."""
+    infinite = {n for n, x in values.items() if isinstance(x, float) and not math.isfinite(x)}
+    return {name: None if name in infinite else value for name, value in values.items()}
+
+
 def run(config: InferConfig, restored: Restored) -> None:
     """Prints the table, draws it, and writes JSON where `output` is given."""
     fields: dict[str, Any] = {"num_candidates": DEFAULT_CANDIDATES, **config.think}
@@ -335,8 +346,8 @@ def run(config: InferConfig, restored: Restored) -> None:
     if config.output:
         path = epath.Path(config.output).expanduser()
         values = {"workdir": config.workdir, "step": restored.step, **result._asdict()}
-        values["rows"] = [row._asdict() for row in result.rows]
-        path.write_text(json.dumps(values) + "\n")
+        values["rows"] = [_finite(row._asdict()) for row in result.rows]
+        path.write_text(json.dumps(_finite(values)) + "\n")
         png = path.with_suffix(".png")
     if draw(result, png):
         print(f"drawn in {png}")

@@ -47,7 +47,7 @@ def restored_on_eight() -> Restored:
     return restored_on(jax.devices(), data=4, tensor=2)
 
 
-ENERGY = EnergyConfig(num_steps=2, step_size=30.0, noise=0.5)
+ENERGY = EnergyConfig(num_steps=2, step_size=0.02, noise=0.5)
 
 
 def energy_on(devices: list[Any], **sizes: int) -> Restored:
