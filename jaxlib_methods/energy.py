@@ -187,7 +187,8 @@ def _empty_replay(
     cfg: EnergyConfig, model: EnergyTransformerConfig, rows: int, length: int, key: jax.Array
 ) -> Replay:
     del key
-    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-    batch = Batch(tokens, tokens, tokens, tokens, jax.ShapeDtypeStruct((rows, length), jnp.bool_))
+    tokens: Any = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+    where: Any = jax.ShapeDtypeStruct((rows, length), jnp.bool_)
+    batch = Batch(tokens, tokens, tokens, tokens, where)
     logits = jax.ShapeDtypeStruct((rows, length, model.trunk.padded_vocab_size), jnp.float32)
     return replay.empty((batch, logits), num_slots=cfg.replay_size // rows)
