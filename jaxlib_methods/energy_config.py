@@ -19,7 +19,7 @@ class EnergyConfig:
         square update_rms, whatever the vocabulary and width (the paper's 500 and 5 belong to a
         vocabulary of 50277 alone).
     update_rms: of the first update, in logits, where step_size is none. The paper's sizes come to
-        1590 (System 1) and 16 (System 2); 100 was the best of a sweep on bytes.
+        1590 (System 1) and 16 (System 2); 100 lies between the two best of a sweep on bytes.
     learn_step_size: alpha is trained, without weight decay.
     step_size_rate: factor on the learning rate of alpha relative to its start; the paper's rule
         of three times alpha is 3.

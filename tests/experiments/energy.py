@@ -106,7 +106,7 @@ def flop_ratio() -> float:
     return energy / flops.transformer_train_flops(model, 32)
 
 
-def tables() -> dict[str, dict[str, tuple[str, dict]]]:
+def tables() -> dict[str, dict[str, dict[str, Any]]]:
     """Table -> its runs, by folder."""
     without = {
         "full": {},
@@ -198,6 +198,40 @@ def header(*cells: str) -> None:
     print()
     line(*cells)
     line(*["---"] * len(cells))
+
+
+def image_configs(root: pathlib.Path) -> list[Any]:
+    """The preset of images and its baseline, over all seeds; the seed draws other images too."""
+    import dataclasses
+
+    from jaxlib_methods.train import prepare, presets
+
+    configs = []
+    for seed in SEEDS:
+        base = presets.get("energy_image_tiny")
+        method = dataclasses.replace(base.method_config, data_seed=seed)
+        workdir = str(root / "images" / f"seed{seed}")
+        energy = dataclasses.replace(base, seed=seed, workdir=workdir, method_config=method)
+        configs += [energy, prepare.baseline_of(energy)]
+    return configs
+
+
+def show_images(root: pathlib.Path) -> None:
+    """PSNR against passes, mean and deviation over the seeds."""
+    from jaxlib_methods.infer import denoise, restore
+    from jaxlib_methods.models import partitioning
+
+    found: dict[tuple[str, int, int], list[float]] = {}
+    for seed in SEEDS:
+        workdir, mesh = str(root / "images" / f"seed{seed}"), partitioning.make_mesh()
+        run = restore.restore(workdir, mesh=mesh)
+        assert run.config is not None
+        images = run.config.method_config.dataset()("validation").rows(range(denoise.NUM_IMAGES))
+        for row in denoise.measure(denoise.with_baseline(workdir, run, mesh=mesh), images):
+            found.setdefault((row.model, row.noise_level, row.passes), []).append(row.psnr)
+    header("model", "noise level", "passes", "PSNR, dB")
+    for key, values in found.items():
+        line(*key, f"{mean(values):.2f} ± {stdev(values):.2f}")
 
 
 def show_alphas(root: pathlib.Path) -> None:
@@ -302,9 +336,12 @@ def main(argv: list[str]) -> None:
     del argv
     root = pathlib.Path(_WORKDIR.value).absolute()
     root.mkdir(parents=True, exist_ok=True)
-    chosen = {k: v for k, v in tables().items() if not _ONLY.value or k in _ONLY.value}
+    all_tables: dict[str, dict[str, dict[str, Any]]] = {**tables(), "images": {}}
+    chosen = {k: v for k, v in all_tables.items() if not _ONLY.value or k in _ONLY.value}
     jobs = {folder: job for table in chosen.values() for folder, job in table.items()}
-    pool.train_all([config_of(*item, root) for item in jobs.items()], root, workers=_WORKERS.value)
+    configs = [config_of(*item, root) for item in jobs.items()]
+    configs += image_configs(root) if "images" in chosen else []
+    pool.train_all(configs, root, workers=_WORKERS.value)
 
 
 if __name__ == "__main__":
