@@ -30,8 +30,8 @@ RATES = (1e-3, 4e-3, 8e-3, 1.6e-2)
 SIZES = {"d32": (2, 32), "d64": (2, 64), "d96": (3, 96)}
 BUDGETS = (400, 1600)
 ALPHAS = (1.0, 5.0, 10.0, 50.0, 200.0)
-SYSTEM_1 = {"num_steps": 2, "num_landscapes": 2, "step_size": 5.0}
-SYSTEM_2 = {
+SYSTEM_1: dict[str, Any] = {"num_steps": 2, "num_landscapes": 2, "step_size": 5.0}
+SYSTEM_2: dict[str, Any] = {
     "num_steps": 2,
     "max_steps": 3,
     "step_size": 5.0,
@@ -108,14 +108,14 @@ def flop_ratio() -> float:
 
 def tables() -> dict[str, dict[str, dict[str, Any]]]:
     """Table -> its runs, by folder."""
-    without = {
+    without: dict[str, dict[str, Any]] = {
         "full": {},
         "no_random_step_size": {"random_step_size": 1.0},
         "no_random_steps": {"max_steps": None},
         "no_noise": {"noise": 0.0},
         "no_replay": {"replay_size": 0},
     }
-    plain = {"method": "next_token"}
+    plain: dict[str, Any] = {"method": "next_token"}
     three = SYSTEM_1 | {"num_steps": 3}
     equal_flops = round(flop_ratio() * STEPS)
     found = {
@@ -170,6 +170,7 @@ def thought(folder: str, root: pathlib.Path, *, text: str = "", **fields: Any) -
         values = json.loads(kept.read_text())
         return think.Result(**values | {"rows": [think.Row(*row) for row in values["rows"]]})
     found = restore.restore(str(root / folder), mesh=partitioning.make_mesh())
+    assert found.config is not None
     data = found.config.data
     if text:
         data = type(data)(**{**vars(data), "validation_source": text})
