@@ -46,7 +46,8 @@ def temporary(length: int, **fields: Any) -> float:
         return jax.grad(loss, has_aux=True)(params, (), batch)
 
     compiled = jax.jit(gradient).lower(params, batch).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / MEGABYTE
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes / MEGABYTE
 
 
 def dense(length: int) -> float:

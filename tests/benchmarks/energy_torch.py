@@ -84,7 +84,7 @@ class TorchStep:
                 torch.nn.functional.cross_entropy(logits.flatten(0, 1), self._targets.flatten())
             )
         self._optimizer.zero_grad(set_to_none=True)
-        sum(losses).div(len(losses)).backward()
+        torch.stack(losses).mean().backward()
         torch.nn.utils.clip_grad_norm_(self._trained, training.OPTIMIZER.clip_norm)
         self._optimizer.step()
         return losses[-1].detach()

@@ -43,6 +43,11 @@ SYSTEM_2: dict[str, Any] = {
 }
 
 
+def but(base: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The fields of `base` with some changed."""
+    return {**base, **changes}
+
+
 def run(
     name: str,
     seed: int,
@@ -116,11 +121,11 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
         "no_replay": {"replay_size": 0},
     }
     plain: dict[str, Any] = {"method": "next_token"}
-    three = SYSTEM_1 | {"num_steps": 3}
+    three = but(SYSTEM_1, num_steps=3)
     equal_flops = round(flop_ratio() * STEPS)
     found = {
         "alphas": [
-            run(f"alpha/{a:g}", 0, steps=300, **SYSTEM_1 | {"step_size": a}) for a in ALPHAS
+            run(f"alpha/{a:g}", 0, steps=300, **but(SYSTEM_1, step_size=a)) for a in ALPHAS
         ],
         "rates": [
             *(run(f"rate/s1_n3/{r}", 0, rate=r, **three) for r in RATES),
@@ -132,7 +137,7 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
             for seed in SEEDS
             for arm in (
                 run("plain", seed, **plain),
-                run("s1_n3", seed, **three | {"num_landscapes": 3}),
+                run("s1_n3", seed, **but(three, num_landscapes=3)),
                 run("s1_n2", seed, **SYSTEM_1),
                 run("s2", seed, **SYSTEM_2),
                 run("plain_flops", seed, steps=equal_flops, **plain),
@@ -144,7 +149,7 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
             for size in SIZES for budget in BUDGETS for method in ("energy", "next_token")
         ],
         "long": [
-            run(f"long/{name}", 0, steps=LONG_STEPS, **SYSTEM_2 | {"replay_size": 192} | changed)
+            run(f"long/{name}", 0, steps=LONG_STEPS, **but(SYSTEM_2, replay_size=192, **changed))
             for name, changed in without.items()
         ],
     }  # fmt: skip
