@@ -113,7 +113,8 @@ def _backward(energy: Energy, saved: _Inputs, cotangent: Step) -> _Inputs:
     def total(moving: list[jax.Array], y: jax.Array) -> jax.Array:
         parts = iter(moving)
         whole = [next(parts) if f else leaf for f, leaf in zip(floating, leaves, strict=True)]
-        return energy(*treedef.unflatten(whole), y).sum()
+        params, context = treedef.unflatten(whole)
+        return energy(params, context, y).sum()
 
     moving = [leaf for f, leaf in zip(floating, leaves, strict=True) if f]
     gradient: Any = jax.grad(total, argnums=(0, 1))
