@@ -21,6 +21,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlib_methods import late_to_early, next_token, registry
+from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.method import Batch, Context, Method, Pretrained
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import PUBLISHED, TransformerConfig
@@ -223,6 +224,65 @@ def test_one_device_and_eight_train_alike(run_on: Any, kind: str, mesh: str):
     # After the first step the first moments are the gradients, up to a common factor.
     assert_close(eight.states[0].opt_state, one.states[0].opt_state, rtol=1e-5, what="gradient")
     assert_close(eight.states[2], one.states[2], rtol=RTOL[kind], what="state")
+
+
+ENERGY = {
+    "system_1": EnergyConfig(update_rms=5.0),
+    "system_2": EnergyConfig(
+        max_steps=3, loss_steps="last", num_landscapes=0, learn_step_size=False, noise=1.0,
+        random_step_size=2.0, replay_size=16, update_rms=0.5,
+    ),
+}  # fmt: skip
+# A descent enlarges the rounding of its noisy steps: ten times smaller steps, 20 times less of it.
+GRADIENT = {"system_1": 1e-5, "system_2": 2e-4}
+
+
+@functools.cache
+def energy_step(kind: str, name: str) -> Any:
+    """State and metrics of a train step of two micro-batches, and what its compilation said."""
+    mesh = one_device() if name == "one" else mesh_of(name)
+    context = context_of(STUDENT, mesh)
+    # A micro-batch of 16 on 8 devices: two rows on each, and one that is replayed.
+    context = dataclasses.replace(context, batch_size=16)
+    method = registry.build("energy", ENERGY[kind], context)
+    config = OPTIMIZERS["next_token"]
+    optimizer = make_optimizer(config, NUM_STEPS, rate_factors=method.rate_factors)
+    batch = Batch(*(np.concatenate([x, x]) for x in packed_batch()))  # pyright: ignore[reportArgumentType]
+    with jax.set_mesh(mesh):
+        abstract = train_state.abstract_state(method, optimizer, mesh)
+        if name == "one":
+            state = train_state.create_state(method, optimizer, abstract, jax.random.key(0))
+        else:
+            state = jax.device_put(energy_step(kind, "one")[0], train_state.shardings_of(abstract))
+        first = jax.device_get(state)
+        step: Any = make_train_step(
+            method.loss, optimizer, make_schedule(config, NUM_STEPS), abstract, num_microbatches=2
+        )
+        placed = NamedSharding(mesh, partitioning.batch_spec())
+        arguments = (), jax.device_put(batch, placed), jax.random.key(2)
+        program = step.lower(state, *arguments).compile(compiler_options=QUICK)
+        state, metrics = program(state, *arguments)
+        places = train_state.shardings_of(state)
+    return first, jax.device_get((state, metrics)), places
+
+
+@pytest.mark.parametrize("mesh", ["fsdp", "tensor", "fsdp_tensor"])
+@pytest.mark.parametrize("kind", ENERGY)
+def test_energy_trains_alike_on_one_device_and_on_eight(
+    kind: str, mesh: str, capfd: pytest.CaptureFixture[str]
+):
+    _, (one, metrics), _ = energy_step(kind, "one")
+    capfd.readouterr()
+    _, (eight, found), places = energy_step(kind, mesh)
+    assert "rematerialization" not in capfd.readouterr().err
+    assert_close(found, metrics, rtol=1e-4, what="metrics")
+    # The first moments are the gradients, up to a common factor; Adam enlarges their rounding.
+    assert_close(eight.opt_state, one.opt_state, rtol=GRADIENT[kind], what="gradient")
+    assert_close(eight.method_state, one.method_state, rtol=2e-5, what="state of the method")
+    if kind == "system_2":
+        assert metrics["replayed"][0] > 0
+        for place in jax.tree.leaves(places.method_state.records):
+            assert place.spec[1] == ("data", "fsdp")
 
 
 def test_a_learned_resize_has_the_same_gradient_on_eight_devices(teacher: str):
