@@ -38,7 +38,7 @@ from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig
 from jaxlib_methods.replay import Replay
 
-CALIBRATION_LENGTH = 64  # tokens of the text on which the first slope is measured
+CALIBRATION_SHAPE = (8, 64)  # sequences and tokens on which the first slope is measured
 FLAT = 1e-5  # root mean square of an update, in logits
 STEEP = 1e4
 
@@ -76,9 +76,10 @@ def first_slope(
 ) -> jax.Array:
     """Root mean square of dE/dp over the real vocabulary, at first candidates on random tokens."""
     text_key, initial_key, noise_key = jax.random.split(key, 3)
-    vocab, length = model.trunk.vocab_size, min(CALIBRATION_LENGTH, model.trunk.max_length)
-    tokens = jax.random.randint(text_key, (1, length), 0, vocab)
-    positions = jnp.arange(length)[None]
+    vocab = model.trunk.vocab_size
+    shape = (CALIBRATION_SHAPE[0], min(CALIBRATION_SHAPE[1], model.trunk.max_length))
+    tokens = jax.random.randint(text_key, shape, 0, vocab)
+    positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
     ones = jnp.ones_like(tokens)
     batch = Batch(tokens, tokens, positions, ones, ones.astype(bool))
     initial = initial_logits(cfg, candidate_shape(batch, model), initial_key)
