@@ -41,6 +41,7 @@ def main(argv: list[str]) -> None:
             logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
         mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
         restored = restore.restore(asked.workdir, mesh=mesh, step=asked.step, think=asked.think)
+        restored = restored._replace(seed=asked.seed)
         modes = {
             "generate": generate,
             "evaluate": evaluate,

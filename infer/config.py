@@ -112,7 +112,10 @@ class InferConfig:
 
     def prompts(self) -> list[str]:
         """The prompts of the flags, then those of the file. Raises ValueError for a bad file."""
-        return [*self.prompt, *(_read_prompts(self.prompt_file) if self.prompt_file else [])]
+        found = [*self.prompt, *(_read_prompts(self.prompt_file) if self.prompt_file else [])]
+        if not found:
+            raise ValueError(f"--prompt_file={self.prompt_file} holds no prompt")
+        return found
 
 
 def _read_prompts(path: str) -> list[str]:

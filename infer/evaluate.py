@@ -54,6 +54,8 @@ def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = N
 
     Raises ValueError where a sequence is longer than the model's context.
     """
+    if restored.thinker is not None:
+        restored.thinker.check_memory(cfg.batch_size * cfg.sequence_length)
     dataset = open_validation(restored, cfg)
     model = restored.language_model
 
@@ -71,7 +73,6 @@ def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = N
                 totals += jax.device_get(waiting.pop(0))
         total, count = totals + jax.device_get(waiting.pop())
     nats = float(total / count)
-    assert dataset.bytes_per_token is not None
     assert dataset.bytes_per_token is not None  # it is text
     return Evaluation(nats, nats / (math.log(2) * dataset.bytes_per_token), int(count))
 

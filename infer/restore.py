@@ -46,7 +46,7 @@ class Restored(NamedTuple):
 
     config, step: of the run and its checkpoint; None for a Hugging Face folder.
     params: sharded over `mesh`. first_token: stands in front of every text the model has seen.
-    stop_tokens: end a text. think: how an energy run predicts.
+    stop_tokens: end a text. think, seed: how an energy run predicts, and from which draws.
     """
 
     config: RunConfig | None
@@ -58,6 +58,7 @@ class Restored(NamedTuple):
     first_token: int
     stop_tokens: tuple[int, ...]
     think: ThinkConfig = ThinkConfig()
+    seed: int = 0
 
     @property
     def language_model(self) -> LanguageModel:
@@ -70,7 +71,7 @@ class Restored(NamedTuple):
         run = None if self.config is None else self.config.method_config
         if not isinstance(run, EnergyConfig):
             return None
-        return Thinker(run, energy.model_config(self.model, run), self.think)
+        return Thinker(run, energy.model_config(self.model, run), self.think, self.seed)
 
     def require_thinker(self, mode: str) -> Thinker:
         """The thinker. Raises ValueError where there is none, in the name of a mode."""

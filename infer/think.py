@@ -213,6 +213,7 @@ def think(
     stop in it joins those of the table. Raises ValueError where the run is no energy run.
     """
     plan = _plan(restored.require_thinker("think"), asked)
+    plan.several.check_memory(data.batch_size * data.sequence_length)
     dataset = evaluate.open_validation(restored, data)
     totals: Any = None
     moments = []
@@ -287,6 +288,8 @@ def table(result: Result) -> str:
             f"{row.name + mark:26}{row.candidates:10}{row.steps:8.2f}{row.nats_per_token:12.4f}"
             f"{row.perplexity:12.5g}{row.flops / 1e6:13.3f}{row.gain:9.4g}"
         )
+    if any(row.kind.startswith("stop_") for row in result.rows):
+        lines.append("Early stops count the steps that moved a token, as if it cost nothing after.")
     lines.append(
         f"* as trained. Energy {result.energies[result.reference_steps - 1]:.4f} there, "
         f"{result.text_energy:.4f} of the text itself; correlation of energy and loss "
@@ -327,10 +330,13 @@ def draw(result: Result, path: epath.Path) -> bool:
     return True
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
+def _finite(value: Any) -> Any:
     """JSON has no infinity: null in its place."""
-    infinite = {n for n, x in values.items() if isinstance(x, float) and not math.isfinite(x)}
-    return {name: None if name in infinite else value for name, value in values.items()}
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run(config: InferConfig, restored: Restored) -> None:
@@ -346,7 +352,7 @@ def run(config: InferConfig, restored: Restored) -> None:
     if config.output:
         path = epath.Path(config.output).expanduser()
         values = {"workdir": config.workdir, "step": restored.step, **result._asdict()}
-        values["rows"] = [_finite(row._asdict()) for row in result.rows]
+        values["rows"] = [row._asdict() for row in result.rows]
         path.write_text(json.dumps(_finite(values)) + "\n")
         png = path.with_suffix(".png")
     if draw(result, png):

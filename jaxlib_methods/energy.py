@@ -8,7 +8,7 @@ descends; a next-token loss on where it arrives trains the energy through the de
 which is the official code's step, taken in probabilities; `space=logit` is the paper's equation 1,
 z_(k+1) = z_k - alpha dE/dz. The defaults are the paper's System 1; its System 2 sets
 `num_steps=2 max_steps=3 loss_steps=last num_landscapes=0 learn_step_size=false random_step_size=2
-noise=3 replay_size=192`.
+noise=3 replay_size=192 update_rms=16`.
 """
 
 import functools
@@ -39,8 +39,7 @@ from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig
 from jaxlib_methods.replay import Replay
 
 CALIBRATION_SHAPE = (8, 64)  # sequences and tokens on which the first slope is measured
-FLAT = 1e-5  # root mean square of an update, in logits
-STEEP = 1e4
+FLAT, STEEP = 1e-2, 1e4  # root mean square of an update, in logits
 
 
 def model_config(model: TransformerConfig, cfg: EnergyConfig) -> EnergyTransformerConfig:
@@ -61,12 +60,14 @@ def monitor(metrics: Mapping[str, float]) -> str | None:
     if update > STEEP:
         return (
             f"the descent explodes: its updates have a root mean square of {update:.3g} logits at "
-            f"a step size of {alpha:.3g}; lower energy.step_size or optimizer.learning_rate"
+            f"a step size of {alpha:.3g}; begin anew with a smaller energy.step_size or "
+            "energy.update_rms, or a lower optimizer.learning_rate"
         )
     if update < FLAT:
         return (
             f"the energy is flat: its slope moves candidates by {update:.3g} logits at a step size "
-            f"of {alpha:.3g}, so that predictions stay where they began; raise energy.step_size"
+            f"of {alpha:.3g}, which leaves predictions near uniform; begin anew with a larger "
+            "energy.step_size or energy.update_rms"
         )
     return None
 
@@ -100,9 +101,11 @@ def init_params(model: TransformerConfig, cfg: EnergyConfig, key: jax.Array) -> 
         slope = first_slope(cfg, energy_model, nn.meta.unbox(params), slope_key)
         unit = cfg.update_rms / slope
     else:
-        unit = jnp.asarray(cfg.step_size, model.param_dtype)
-    params["step_size"] = {"value": jnp.ones((), model.param_dtype)}
-    params["step_unit"] = {"value": unit.astype(model.param_dtype)}
+        unit = jnp.asarray(cfg.step_size)
+    # A factor near 1 does not move in bfloat16.
+    dtype = jnp.promote_types(model.param_dtype, jnp.float32)
+    params["step_size"] = {"value": jnp.ones((), dtype)}
+    params["step_unit"] = {"value": unit.astype(dtype)}
     return params
 
 
@@ -122,6 +125,7 @@ def make(cfg: EnergyConfig, context: Context) -> Method:
         loss=make_replay_loss(cfg, model) if cfg.replay_size else make_loss(cfg, model),
         flops_per_token=_flops_per_token(cfg, model, length),
         init_state=init_state,
+        rows_multiple=cfg.replay_every if cfg.replay_size else 1,
         evaluate=make_evaluate(cfg, model),
         rate_factors={"step_size": rate, "step_unit": 0.0},
         monitor=monitor,
@@ -145,29 +149,43 @@ def _flops_per_token(cfg: EnergyConfig, model: EnergyTransformerConfig, length: 
 
 def _check_memory(cfg: EnergyConfig, context: Context) -> None:
     vocab, limit = context.model.padded_vocab_size, cfg.max_candidate_gib
-    # Of each step: where it began, its slope, where it ended, and the loss's gradient there.
-    arrays = 4 if cfg.loss_steps == "last" and cfg.gradient == "one_step" else 4 * cfg.most_steps
+    parts, whole = context.num_microbatches, context.batch_size * context.num_microbatches
     row = context.sequence_length * vocab * 4 / 2**30
     buffer = cfg.replay_size * row
+    held = f" and {buffer:.1f} GiB of replay buffer" if cfg.replay_size else ""
+    advice = ["a tokenizer of fewer tokens"]
+    advice += ["a smaller energy.replay_size"] if cfg.replay_size else []
+    # Validation takes a whole batch, and keeps where each step ended.
+    kept = cfg.most_steps + 3
+    if kept * row * whole + buffer > limit:
+        fits = int((limit - buffer) / (kept * row))
+        smaller = [f"--data.batch_size={fits}"] if fits > 0 else []
+        raise ValueError(
+            _too_large("validation", vocab, kept, row * whole, held, limit, smaller + advice)
+        )
+    # Of each step: where it began, its slope, where it ended, and the loss's gradient there.
+    arrays = 4 if cfg.loss_steps == "last" and cfg.gradient == "one_step" else 4 * cfg.most_steps
     every = cfg.replay_every if cfg.replay_size else 1
     one = row * (1 + 1 / every if cfg.replay_size else 1)  # array, for each fresh sequence
-    needed = arrays * one * context.batch_size + buffer
-    if needed <= limit:
+    if arrays * one * context.batch_size + buffer <= limit:
         return
-    parts, whole = context.num_microbatches, context.batch_size * context.num_microbatches
     enough = [
         n
         for n in range(parts + 1, whole + 1)
         if whole % (n * every) == 0 and arrays * one * (whole // n) + buffer <= limit
     ]
-    advice = [f"--train.num_microbatches={enough[0]}"] if enough else []
-    advice.append("a tokenizer of fewer tokens")
-    advice += ["a smaller energy.replay_size"] if cfg.replay_size else []
-    held = f" and {buffer:.1f} GiB of replay buffer" if cfg.replay_size else ""
-    raise ValueError(
-        f"candidates over a vocabulary of {vocab} tokens take {needed:.1f} GiB over all devices "
-        f"({arrays} arrays of {one * context.batch_size:.2f} GiB{held}), "
-        f"energy.max_candidate_gib={limit} allows less; give {', '.join(advice)}, or a higher limit"
+    more = [f"--train.num_microbatches={enough[0]} (if the mesh allows)"] if enough else []
+    size = one * context.batch_size
+    raise ValueError(_too_large("training", vocab, arrays, size, held, limit, more + advice))
+
+
+def _too_large(
+    what: str, vocab: int, arrays: int, gib: float, held: str, limit: float, advice: list[str]
+) -> str:
+    return (
+        f"candidates over a vocabulary of {vocab} tokens take more in {what} than "
+        f"energy.max_candidate_gib={limit} allows over all devices: {arrays} arrays of {gib:.2f} "
+        f"GiB{held}; give {', '.join(advice)}, or a higher limit"
     )
 
 

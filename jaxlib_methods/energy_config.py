@@ -80,6 +80,14 @@ class EnergyConfig:
             f"energy.step_size={self.step_size} must be at least {SMALLEST_STEP}, or none to "
             "calibrate it",
         )
+        several = self.loss_steps == "all" or self.gradient == "all_steps"
+        most = self.most_steps if several else 1
+        _require(
+            self.num_landscapes <= most,
+            f"energy.num_landscapes={self.num_landscapes} is more than the {most} that these steps "
+            "train; the last one would serve every further step untrained: give at most "
+            f"{most}",
+        )
         for name in ("update_rms", "max_candidate_gib", "initial_scale"):
             value = getattr(self, name)
             _require(value > 0, f"energy.{name}={value} must be positive")

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods import descent, image_flops, losses
+from jaxlib_methods.energy_config import SMALLEST_STEP
 from jaxlib_methods.method import Context, LossFn, Method, Metrics
 from jaxlib_methods.models import patch_transformer
 from jaxlib_methods.models.config import TransformerConfig
@@ -25,8 +26,6 @@ from jaxlib_methods.models.patch_transformer import PatchTransformerConfig
 from jaxlib_methods.tasks import corruption
 from jaxlib_methods.tasks.images import Images
 from jaxlib_methods.tasks.restoration import RestorationConfig, require
-
-SMALLEST_STEP = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

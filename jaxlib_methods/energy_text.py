@@ -234,8 +234,9 @@ def make_evaluate(
     """Validation: `num_steps` steps (none: the largest number of training) from one noisy start.
 
     Metrics: `loss` (last step); `loss_step_k` and `energy_step_k` after step k, from 0 for the
-    energy; `energy_falls`, the share of positions whose energy falls at every step; `later_helps`,
-    the share whose loss falls from the first step to the last.
+    energy (each landscape has a level of its own: between two of them a fall says nothing);
+    `energy_falls`, the share of positions whose energy falls at every step; `later_helps`, the
+    share whose loss falls from the first step to the last.
     """
     steps = num_steps or cfg.most_steps
 

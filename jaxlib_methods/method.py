@@ -135,6 +135,7 @@ class Method:
     init_state: key -> what a step changes beside the parameters (EBT: the replay buffer), boxed
         like them and part of every checkpoint.
     evaluate: what validation computes; None: the loss. A method with a state must give it.
+    rows_multiple: the rows of a micro-batch on each device must be a multiple of it.
     rate_factors: top-level name of parameters -> factor on their learning rate.
     dataset: split -> the examples, where they are not the text of `data.source`.
     monitor: the metrics of a logged step -> one sentence about what has gone wrong, or None. The
@@ -149,6 +150,7 @@ class Method:
     then: "Method | None" = None
     init_state: Callable[[jax.Array], Any] | None = None
     evaluate: LossFn | None = None
+    rows_multiple: int = 1
     rate_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dataset: Callable[[Literal["train", "validation"]], Dataset] | None = None
     monitor: Callable[[Mapping[str, float]], str | None] | None = None

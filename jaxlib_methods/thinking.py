@@ -89,8 +89,9 @@ class Thought(NamedTuple):
     """candidate: `[B, ...]`, the chosen z. chosen: int32 `[B, ...]`, which one of M.
 
     Of all candidates, `[B, M, ...]`: energies, at the end and without noise, in the landscape of
-    the budget's last step; first_energies, before the first step; steps_used, int32, how often
-    energy and slope were computed for the part.
+    the budget's last step; first_energies, before the first step; steps_used, int32, how many
+    steps moved the part. All parts are computed until the last has stopped, so that early stops
+    save time only where a whole batch stops.
     """
 
     candidate: jax.Array

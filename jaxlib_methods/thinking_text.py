@@ -141,6 +141,24 @@ class Thinker:
     def __post_init__(self) -> None:
         object.__setattr__(self, "think", resolve(self.think, self.run))
 
+    @property
+    def reserved_slots(self) -> int:
+        """Slots of a cache that hold no token."""
+        return self.model.shift
+
+    def check_memory(self, num_rows: int) -> None:
+        """Raises ValueError where the candidates of `num_rows` predictions are too large."""
+        vocab, count = self.model.trunk.padded_vocab_size, self.think.num_candidates
+        # Where a step began, its slope, where it ended, and the noise.
+        needed = 4 * num_rows * count * vocab * 4 / 2**30
+        if needed > self.run.max_candidate_gib:
+            raise ValueError(
+                f"{count} candidates over a vocabulary of {vocab} tokens for {num_rows} "
+                f"predictions at once take {needed:.1f} GiB over all devices, the run's "
+                f"energy.max_candidate_gib={self.run.max_candidate_gib} allows less; give a "
+                "smaller --data.batch_size or --think.num_candidates"
+            )
+
     def init_cache(self, params: Any, *, batch_size: int, length: int) -> KVCache:
         """A cache of `length` tokens that has observed the landscapes."""
         return energy_transformer.begin(self.model, params, batch_size=batch_size, length=length)

@@ -160,7 +160,9 @@ def prefill(
     Raises ValueError where the cache has too few slots for `max_new_tokens` more.
     """
     B, P = tokens.shape
-    slots, needed = cache.positions.shape[1], P + max_new_tokens - 1
+    # A model may have put something of its own into the empty cache.
+    slots = cache.positions.shape[1] - getattr(apply, "reserved_slots", 0)
+    needed = P + max_new_tokens - 1
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
     if needed > slots:

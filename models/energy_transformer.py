@@ -55,11 +55,13 @@ class EnergyTransformerConfig:
         check_choices(self)
         if self.num_landscapes < 0:
             raise ValueError(f"num_landscapes {self.num_landscapes} must not be negative")
-        if self.trunk.positions != "rotary" or self.trunk.parallel_residual:
-            raise ValueError(
-                "an energy transformer has rotary positions and sequential blocks; set "
-                "model.positions=rotary and model.parallel_residual=false"
-            )
+        wanted = {"positions": "rotary", "parallel_residual": False, "tie_embeddings": False}
+        for name, value in wanted.items():
+            if getattr(self.trunk, name) != value:
+                raise ValueError(
+                    f"model.{name}={getattr(self.trunk, name)} has no meaning in an energy "
+                    f"transformer; set model.{name}={str(value).lower()}"
+                )
 
     @property
     def shift(self) -> int:

@@ -63,7 +63,17 @@ class PatchTransformerConfig:
 
     @classmethod
     def of(cls, model: TransformerConfig, **fields: Any) -> "PatchTransformerConfig":
-        """The sizes of a run's model with the fields of an image."""
+        """The sizes of a run's model with the fields of an image.
+
+        Raises ValueError where the run's model asks for what these blocks do not have.
+        """
+        plain = TransformerConfig()
+        for name in ("norm", "mlp", "positions", "num_kv_heads", "head_dim", "qk_norm"):
+            if getattr(model, name) != getattr(plain, name):
+                raise ValueError(
+                    f"model.{name}={getattr(model, name)} has no meaning in a patch transformer; "
+                    "leave it out"
+                )
         names = ("num_layers", "embed_dim", "num_heads", "mlp_dim")
         names += ("compute_dtype", "param_dtype", "remat")
         return cls(**{name: getattr(model, name) for name in names}, **fields)

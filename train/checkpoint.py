@@ -37,7 +37,8 @@ FORMAT = 1  # of the record; a newer one is refused
 
 # What must agree for a run to be continued: everything else may change between starts.
 IDENTITY = ("method", "seed", "model", "method_config")
-NOT_IDENTITY = ("remat",)  # changes memory and time, not numbers
+# These change memory and time, or what is measured, but not what is trained.
+NOT_IDENTITY = ("remat", "memory", "max_candidate_gib", "eval_noise")
 DATA_IDENTITY = (
     "source", "weights", "text_field", "tokenizer", "validation_source", "validation_fraction",
     "sequence_length", "batch_size", "shuffle_seed",

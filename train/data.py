@@ -252,18 +252,25 @@ def check_divisible(
     mesh: Mesh,
     spec: PartitionSpec,
     num_microbatches: int = 1,
+    rows_multiple: int = 1,
 ) -> None:
-    """Refuses sizes that the mesh cannot cut into equal parts."""
+    """Refuses sizes that the mesh cannot cut into equal parts.
+
+    rows_multiple: see `Method`; a device's rows must be a multiple of it.
+    """
     rows = "data.batch_size" + (" / train.num_microbatches" if num_microbatches > 1 else "")
     sizes = {rows: batch_size // num_microbatches, "data.sequence_length": sequence_length}
-    for (name, size), axes in zip(sizes.items(), spec, strict=False):
+    multiples = (rows_multiple, 1)
+    for (name, size), axes, each in zip(sizes.items(), spec, multiples, strict=False):
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
-        parts = int(np.prod([mesh.shape[axis] for axis in names], dtype=np.int64))
+        cut = int(np.prod([mesh.shape[axis] for axis in names], dtype=np.int64))
+        parts = cut * each
         if size % parts:
             near = max(parts, size // parts * parts)
+            of_method = f", times {each} that the method needs on each device" if each > 1 else ""
             raise ValueError(
                 f"{name}={size} is not a multiple of {parts}, the size of mesh axes "
-                f"{' x '.join(names)}; try {near}"
+                f"{' x '.join(names)}{of_method}; try {near}"
             )
 
 

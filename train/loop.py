@@ -90,6 +90,7 @@ def _place(prepared: Prepared) -> tuple[Mesh, optax.GradientTransformation, Trai
         mesh=mesh,
         spec=partitioning.batch_spec(),
         num_microbatches=config.train.num_microbatches,
+        rows_multiple=prepared.method.rows_multiple,
     )
     optimizer = make_optimizer(
         config.optimizer, config.train.num_steps, rate_factors=prepared.method.rate_factors

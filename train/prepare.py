@@ -176,11 +176,6 @@ def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
     if weights is not None:
         if registry.entry(config.method).init_model is not None:
             raise ValueError(
-                f"checkpoint.init_from={weights} gives the weights of a plain transformer, the "
-                f"method {config.method} trains another model; leave it out"
-            )
-        if registry.entry(config.method).init_model is not None:
-            raise ValueError(
                 f"checkpoint.init_from={weights} is for plain transformers, and the method "
                 f"{config.method} trains another model; give checkpoint.restore_from, a run of its "
                 "own"

@@ -149,7 +149,7 @@ def tables() -> dict[str, dict[str, dict[str, Any]]]:
             for size in SIZES for budget in BUDGETS for method in ("energy", "next_token")
         ],
         "long": [
-            run(f"long/{name}", 0, steps=LONG_STEPS, **but(SYSTEM_2, **{"replay_size": 192, **changed}))
+            run(f"long/{name}", 0, steps=LONG_STEPS, **{**SYSTEM_2, "replay_size": 192, **changed})
             for name, changed in without.items()
         ],
     }  # fmt: skip

@@ -129,7 +129,7 @@ def test_the_table_by_hand(restored_energy: Restored, cfg: DataConfig, result: t
     assert used[-1] == 2, "every change is below five times the first"
     assert any(row.kind == "stop_entropy" for row in result.rows)
     assert "2 steps *" in think.table(result)
-    assert len(think.table(result).splitlines()) == len(result.rows) + 2
+    assert len(think.table(result).splitlines()) == len(result.rows) + 3
 
 
 def test_energies_of_the_text_and_correlation_by_numpy(

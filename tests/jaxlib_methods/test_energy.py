@@ -710,6 +710,8 @@ REFUSED = [
     ({"replay_every": 0}, r"energy\.replay_every=0 must be at least 1"),
     ({"noise": -1.0}, r"energy\.noise=-1\.0 must not be negative"),
     ({"update_rms": 0.0}, r"energy\.update_rms=0\.0 must be positive"),
+    ({"num_steps": 1}, r"energy\.num_landscapes=2 is more than the 1 that these steps"),
+    ({"loss_steps": "last"}, r"num_landscapes=2 is more than the 1 that .* give at most 1"),
     ({"space": "simplex"}, "space.*simplex.*probability.*logit"),
 ]  # fmt: skip
 
@@ -731,6 +733,9 @@ def test_what_does_not_fit_the_run_is_refused():
     learned = dataclasses.replace(MODEL, positions="learned")
     with pytest.raises(ValueError, match=r"set model\.positions=rotary"):
         make(S1, model=learned)
+    tied = dataclasses.replace(MODEL, tie_embeddings=True)
+    with pytest.raises(ValueError, match=r"model\.tie_embeddings=True has no meaning in an energy"):
+        make(S1, model=tied)
 
 
 BIG = dataclasses.replace(MODEL, vocab_size=2**15, num_layers=1)
@@ -746,27 +751,25 @@ def too_large(cfg: EnergyConfig, **changes: Any) -> str:
 
 
 def test_candidates_that_do_not_fit_are_refused_with_a_way_out():
-    # Two steps, of each of which four arrays are held.
-    plain = dataclasses.replace(S1, replay_size=0)
-    limit = dataclasses.replace(plain, max_candidate_gib=9.0)
+    # Two steps, of each of which training holds four arrays; validation holds two and three.
+    limit = dataclasses.replace(S1, replay_size=0, max_candidate_gib=20.0)
     said = too_large(limit)
-    assert "take 32.0 GiB over all devices (8 arrays of 4.00 GiB)" in said
-    assert "energy.max_candidate_gib=9.0 allows less" in said
-    assert "give --train.num_microbatches=4, a tokenizer of fewer tokens, or a higher" in said
-    make(limit, model=BIG, batch_size=4, sequence_length=2048)
-    # A run that has micro-batches already needs more of them: 16 rows of one of 3.
-    assert "--train.num_microbatches=12," in too_large(limit, num_microbatches=3)
-    # Not even one sequence fits: no number of micro-batches helps.
-    assert "num_microbatches" not in too_large(dataclasses.replace(plain, max_candidate_gib=1.0))
+    assert "in training than energy.max_candidate_gib=20.0 allows" in said
+    assert "8 arrays of 4.00 GiB; give --train.num_microbatches=2 (if the mesh allows)," in said
+    make(limit, model=BIG, batch_size=8, num_microbatches=2, sequence_length=2048)
+    # A whole batch of three such micro-batches is too large for validation, whatever is cut.
+    said = too_large(limit, num_microbatches=3)
+    assert "in validation than" in said
+    assert "5 arrays of 12.00 GiB; give --data.batch_size=16, a tokenizer of fewer" in said
+    # Not even one sequence fits.
+    assert "batch" not in too_large(dataclasses.replace(limit, max_candidate_gib=1.0))
 
 
 def test_the_replay_buffer_counts_and_micro_batches_do_not_shrink_it():
-    cfg = dataclasses.replace(S2, replay_size=64, max_candidate_gib=30.0)
+    cfg = dataclasses.replace(S2, replay_size=64, replay_every=1, max_candidate_gib=40.0)
     said = too_large(cfg)
-    assert "take 40.0 GiB over all devices (4 arrays of 6.00 GiB and 16.0 GiB of replay" in said
-    # A micro-batch of 8 takes 12 + 16 GiB.
-    assert "--train.num_microbatches=2, a tokenizer of fewer tokens, a smaller energy.rep" in said
-    assert "num_microbatches" not in too_large(dataclasses.replace(cfg, max_candidate_gib=16.0))
-    # Nine rows do not split into pairs: one more replayed row than half of them.
-    odd = too_large(dataclasses.replace(cfg, max_candidate_gib=20.0), batch_size=18)
-    assert "--train.num_microbatches=9," in odd
+    assert "4 arrays of 8.00 GiB and 16.0 GiB of replay buffer" in said
+    # A micro-batch of 8 takes 16 + 16 GiB.
+    assert "--train.num_microbatches=2 (if the mesh allows), a tokenizer of fewer" in said
+    assert "a smaller energy.replay_size" in said
+    assert "batch" not in too_large(dataclasses.replace(cfg, max_candidate_gib=16.0))

@@ -433,3 +433,29 @@ def test_what_a_problem_does_not_allow_is_refused():
         think(problem, start, ThinkConfig(num_candidates=2))
     with pytest.raises(ValueError, match=r"stop=entropy needs an entropy"):
         think(problem, start, ThinkConfig(num_steps=1, num_candidates=2, stop="entropy"))
+
+
+def test_the_landscape_s_slot_is_not_room_for_a_token(params):
+    model = Thinker(RUN, MODEL, ThinkConfig(num_steps=1))
+    lengths = jnp.full((B,), L, jnp.int32)
+
+    def read(length: int) -> Any:
+        cache = model.init_cache(params, batch_size=B, length=length)
+        return decoding.prefill(
+            model, params, jnp.asarray(TOKENS), lengths, cache=cache, max_new_tokens=3
+        )
+
+    assert MODEL.shift == 1
+    read(L + 2)
+    with pytest.raises(ValueError, match=f"a cache of {L + 1} slots is too small"):
+        read(L + 1)
+
+
+def test_candidates_that_do_not_fit_are_refused():
+    run = dataclasses.replace(RUN, max_candidate_gib=1.0)
+    model = Thinker(run, MODEL, ThinkConfig(num_steps=1, num_candidates=4))
+    model.check_memory(2**17)  # four arrays of 2 ** 17 x 4 x 128 numbers in float32: 1 GiB
+    with pytest.raises(
+        ValueError, match=r"4 candidates .* take 1\.0 GiB .* --think.num_candidates"
+    ):
+        model.check_memory(2**17 + 1)

@@ -209,7 +209,7 @@ def test_unfit_trunks_are_refused():
     with pytest.raises(ValueError, match="num_landscapes -1 must not be negative"):
         EnergyTransformerConfig(num_landscapes=-1)
     for change in ({"positions": "learned"}, {"parallel_residual": True}):
-        with pytest.raises(ValueError, match="rotary positions and sequential blocks"):
+        with pytest.raises(ValueError, match=r"model\..* has no meaning in an energy transformer"):
             EnergyTransformerConfig(trunk=dataclasses.replace(TRUNK, **change))
 
 

@@ -18,6 +18,7 @@ from jaxlib_methods.method import Batch
 from jaxlib_methods.train.config import DataConfig
 from jaxlib_methods.train.data import (
     TextDataset,
+    check_divisible,
     device_batches,
     open_dataset,
     pack,
@@ -344,3 +345,11 @@ def test_sizes_that_the_mesh_cannot_cut_are_refused() -> None:
         device_batches(dataset, batch_size=8, **options)
     with pytest.raises(ValueError, match=r"data.batch_size=7 .* of 2, .* data x fsdp; try 6"):
         validation_batches(dataset, batch_size=7, max_batches=1, **options)
+
+
+def test_a_method_may_need_a_multiple_of_rows_on_each_device():
+    sizes: dict[str, Any] = {"mesh": make_mesh(4, 2, 1, 1), "spec": SPEC, "num_microbatches": 2}
+    check_divisible(64, 6, rows_multiple=2, **sizes)
+    with pytest.raises(ValueError, match=r"=24 is not a multiple of 16.*times 2 that .*; try 16"):
+        check_divisible(48, 6, rows_multiple=2, **sizes)
+    check_divisible(48, 6, **sizes)
