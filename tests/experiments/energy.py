@@ -29,6 +29,7 @@ RATE, PLAIN_RATE = 8e-3, 8e-3  # the best of those tried, see the table `rates`
 RATES = (1e-3, 4e-3, 8e-3, 1.6e-2)
 SIZES = {"d32": (2, 32), "d64": (2, 64), "d96": (3, 96)}
 BUDGETS = (400, 1600)
+CHOICES = ("mean of 8", "min_energy of 8", "max_energy of 8", "oracle of 8")
 ALPHAS = (1.0, 5.0, 10.0, 50.0, 200.0)
 SYSTEM_1: dict[str, Any] = {"num_steps": 2, "num_landscapes": 2, "step_size": 5.0}
 SYSTEM_2: dict[str, Any] = {
@@ -269,42 +270,46 @@ def show_systems(root: pathlib.Path, text: str) -> None:
         each = [final(f"{name}/seed{seed}", root) for seed in SEEDS]
         spread = f"{mean(each):.4f} ± {stdev(each):.4f}"
         line(name, spread, ", ".join(f"{x:.3f}" for x in each))
-    for where, other in (("validation text", ""), ("other text", text)):
-        print(f"\nOn {where}, nats per byte after each step, then the mean energies:")
-        header("arm, seed", *(f"step {k}" for k in range(1, 9)), "energies", "correlation")
-        for name in names[2:]:
-            for seed in SEEDS:
-                found = thought(f"{name}/seed{seed}", root, text=other, num_steps=8, noise=0.0)
-                energies = ", ".join(f"{e:.2f}" for e in found.energies)
-                steps = by_kind(found, "steps")
-                line(f"{name}, {seed}", *steps, energies, found.correlation)
-        print(f"\nOn {where}, eight candidates with the noise of training (System 2: 3):")
-        header("arm, seed", "mean", "lowest energy", "highest energy", "oracle")
-        for name in names[2:]:
-            noise = 3.0 if name == "s2" else 0.0
-            for seed in SEEDS:
-                found = thought(
-                    f"{name}/seed{seed}", root, text=other, num_steps=3, num_candidates=8,
-                    noise=noise,
-                )  # fmt: skip
-                found_of = [
-                    named(found, key) for key in ("mean", "min_energy of 8", "max_energy", "oracle")
-                ]
-                line(f"{name}, {seed}", *found_of)
+    print("\nNats per byte after each step, and mean energies; correlation of energy and loss:")
+    header("arm, seed, text", *(f"step {k}" for k in range(1, 9)), "energies", "correlation")
+    several: list[tuple[Any, ...]] = []
+    for name in names[2:]:
+        for seed, where in [*((seed, "") for seed in SEEDS), (SEEDS[0], text)]:
+            label = f"{name}, {seed}, {'other' if where else 'same'}"
+            folder = f"{name}/seed{seed}"
+            found = thought(
+                folder, root, text=where, num_steps=8, num_candidates=8,
+                noise=3.0 if name == "s2" else 0.0,
+            )  # fmt: skip
+            several.append((label, *(named(found, key) for key in CHOICES)))
+            if name == "s2":  # one candidate without noise
+                found = thought(folder, root, text=where, num_steps=8, noise=0.0)
+            energies = ", ".join(f"{e:.2f}" for e in found.energies)
+            line(label, *by_kind(found, "steps"), energies, found.correlation)
+    print("\nEight candidates after eight steps, with the noise of training:")
+    header("arm, seed, text", *CHOICES)
+    for row in several:
+        line(*row)
 
 
 def show_long(root: pathlib.Path, text: str) -> None:
     """E6: what thinking gives after longer training, on the text and on another one."""
-    header("variant", "text", "3 steps", "gain of 10 steps %", "lowest of 8, gain %", "oracle")
+    header(
+        "variant", "text", "3 steps", "gain of 10 steps, %", "best of 8 against mean, %", "oracle"
+    )
     for folder, job in tables()["long"].items():
         noise = job["fields"]["noise"]
-        for where, other in (("validation", ""), ("other", text)):
-            more = thought(folder, root, text=other, num_steps=10, noise=noise)
-            many = thought(folder, root, text=other, num_steps=3, num_candidates=8, noise=noise)
-            steps, base = by_kind(more, "steps"), by_kind(many, "steps")[2]
-            gains = [100 * (1 - math.exp(x - base)) for x in (steps[9],)]
-            gains.append(100 * (1 - math.exp(named(many, "min_energy of 8") - named(many, "mean"))))
-            line(folder.split("/")[1], where, base, *gains, named(many, "oracle"))
+        for where in ("", text):
+            found = thought(folder, root, text=where, num_steps=10, num_candidates=8, noise=noise)
+            steps = by_kind(found, "steps")
+            gains = (steps[9] - steps[2], named(found, CHOICES[1]) - named(found, CHOICES[0]))
+            line(
+                folder.split("/")[1],
+                "other" if where else "same",
+                steps[2],
+                *(100 * (1 - math.exp(x)) for x in gains),
+                named(found, "oracle"),
+            )
 
 
 def show_scaling(root: pathlib.Path) -> None:
