@@ -40,7 +40,7 @@ TRAINED = {
     "system_2_learned_step": dataclasses.replace(SYSTEM_2, learn_step_size=True),
     "chained": EnergyConfig(gradient="all_steps", num_steps=3),
     "chained_fixed_step": EnergyConfig(gradient="all_steps", num_steps=3, learn_step_size=False),
-    "chained_one_step": EnergyConfig(gradient="all_steps", num_steps=1),
+    "chained_one_step": EnergyConfig(gradient="all_steps", num_steps=1, num_landscapes=1),
     "saved": EnergyConfig(memory="save"),
     "saved_chained": EnergyConfig(memory="save", gradient="all_steps", num_steps=3),
 }
