@@ -77,6 +77,7 @@ def context(loader: Loader | None = None, **changes: Any) -> Context:
         "model": STUDENT,
         "num_steps": 20,
         "sequence_length": 7,
+        "batch_size": 4,
         "tokenizer": "bytes",
         "load_pretrained": loader or Loader(),
     }
