@@ -127,7 +127,30 @@ def test_students_have_their_nominal_size(name, layers, width, mlp, vocab, nomin
     assert abs(count / nominal - 1) < tolerance
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "heads", "millions"),
+    [
+        ("ebt_4xs", 2, 128, 2, None),  # of the code alone
+        ("ebt_3xs", 4, 256, 4, None),
+        ("ebt_xxs", 6, 384, 6, 6.18),
+        ("ebt_xs", 12, 384, 6, 12.4),
+        ("ebt_small", 12, 768, 12, 48.8),
+        ("ebt_medium", 24, 1024, 16, 176),
+        ("ebt_large", 24, 1536, 16, 396),
+        ("ebt_xl", 24, 2048, 32, 708),
+    ],
+)
+def test_energy_transformers_have_their_published_blocks(name, layers, width, heads, millions):
+    cfg = PUBLISHED[name]
+    assert (cfg.num_layers, cfg.embed_dim, cfg.num_heads) == (layers, width, heads)
+    assert (cfg.mlp_size, cfg.vocab_size, cfg.max_length) == (width, 50_277, 256)
+    block = 4 * width**2 + 3 * width**2 + 2 * width
+    assert num_params(cfg) == layers * block + 2 * 50_277 * width + width
+    assert millions is None or abs(layers * block / (millions * 1e6) - 1) < 0.02
+
+
 def test_every_published_size_is_tested():
+    energies = {f"ebt_{n}" for n in ("4xs", "3xs", "xxs", "xs", "small", "medium", "large", "xl")}
     students = {"let_1p4b", "let_3b", "let_7b"}
     teachers = {"opt_125m", "pythia_160m", "smollm_135m", "llama_3p2_1b"}
-    assert set(PUBLISHED) == students | teachers
+    assert set(PUBLISHED) == students | teachers | energies
