@@ -7,7 +7,7 @@ descends; a next-token loss on where it arrives trains the energy through the de
 
 which is the official code's step, taken in probabilities; `space=logit` is the paper's equation 1,
 z_(k+1) = z_k - alpha dE/dz. The defaults are the paper's System 1; its System 2 sets
-`num_steps=2 max_steps=3 loss_steps=last num_landscapes=0 learn_step_size=false random_step_size=2
+`num_steps=2 max_steps=3 loss_steps=last learn_step_size=false random_step_size=2
 noise=3 replay_size=192 update_rms=16`.
 """
 
@@ -46,7 +46,7 @@ def model_config(model: TransformerConfig, cfg: EnergyConfig) -> EnergyTransform
     """The energy transformer of a run: the trunk's sizes and what the method says."""
     return EnergyTransformerConfig(
         trunk=model,
-        num_landscapes=cfg.num_landscapes,
+        num_landscapes=cfg.landscapes,
         candidate_embedding=cfg.candidate_embedding,
     )
 

@@ -36,7 +36,7 @@ class EnergyConfig:
         before the last are then free. `all_steps` differentiates through the whole descent.
     memory: `recompute` saves one candidate a step; `save` keeps what its derivative needs.
     num_landscapes: learned vectors in front of the text, one per step and the last for all later
-        ones; 0: none.
+        ones; none is one for each trained step, and 0 where only one step is trained.
     candidate_embedding: `own` is a matrix of its own, `token` the token embedding.
     replay_size: descents kept to go on from, in sequences; 0: none.
     replay_every: fresh sequences for each replayed one.
@@ -58,7 +58,7 @@ class EnergyConfig:
     loss_steps: Literal["all", "last"] = "all"
     gradient: Literal["one_step", "all_steps"] = "one_step"
     memory: Literal["recompute", "save"] = "recompute"
-    num_landscapes: int = 2
+    num_landscapes: int | None = None
     candidate_embedding: Literal["own", "token"] = "own"
     replay_size: int = 0
     replay_every: int = 2
@@ -80,18 +80,16 @@ class EnergyConfig:
             f"energy.step_size={self.step_size} must be at least {SMALLEST_STEP}, or none to "
             "calibrate it",
         )
-        several = self.loss_steps == "all" or self.gradient == "all_steps"
-        most = self.most_steps if several else 1
+        most = self._trained_steps
         _require(
-            self.num_landscapes <= most,
-            f"energy.num_landscapes={self.num_landscapes} is more than the {most} that these steps "
-            "train; the last one would serve every further step untrained: give at most "
-            f"{most}",
+            0 <= self.landscapes <= most,
+            f"energy.num_landscapes={self.num_landscapes} must be between 0 and the {most} that "
+            "these steps train: the last one serves every further step",
         )
         for name in ("update_rms", "max_candidate_gib", "initial_scale"):
             value = getattr(self, name)
             _require(value > 0, f"energy.{name}={value} must be positive")
-        for name in ("step_size_rate", "noise", "eval_noise", "num_landscapes", "replay_size"):
+        for name in ("step_size_rate", "noise", "eval_noise", "replay_size"):
             value = getattr(self, name)
             _require(value >= 0, f"energy.{name}={value} must not be negative")
         _require(
@@ -101,6 +99,18 @@ class EnergyConfig:
         _require(
             self.replay_every >= 1, f"energy.replay_every={self.replay_every} must be at least 1"
         )
+
+    @property
+    def _trained_steps(self) -> int:
+        only_last = self.loss_steps == "last" and self.gradient == "one_step"
+        return 1 if only_last else self.most_steps
+
+    @property
+    def landscapes(self) -> int:
+        """Number of learned vectors in front of the text."""
+        if self.num_landscapes is None:
+            return self._trained_steps if self._trained_steps > 1 else 0
+        return self.num_landscapes
 
     @property
     def most_steps(self) -> int:

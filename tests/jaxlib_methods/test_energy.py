@@ -63,7 +63,7 @@ def make_batch(length=L, rows=B, seed=0):
 
 def params_of(cfg: EnergyConfig) -> Any:
     """Parameters of which every number matters: norms and landscapes are drawn too."""
-    return _params_of(cfg.num_landscapes, cfg.candidate_embedding)
+    return _params_of(cfg.landscapes, cfg.candidate_embedding)
 
 
 @functools.cache
@@ -187,7 +187,7 @@ def by_hand(
     cfg: EnergyConfig, batch: Batch, num_steps: int, params: Any, frozen: Any
 ) -> list[Step]:
     """Steps from equal logits. Where each begins comes from `frozen`, the step from `params`."""
-    step = step_by_hand(cfg.num_landscapes, cfg.candidate_embedding, cfg.space)
+    step = step_by_hand(cfg.landscapes, cfg.candidate_embedding, cfg.space)
     z, steps = jnp.zeros((*batch.inputs.shape, V)), []
     for k in range(num_steps):
         steps.append(step(params, batch, jnp.int32(k), z))
@@ -710,8 +710,8 @@ REFUSED = [
     ({"replay_every": 0}, r"energy\.replay_every=0 must be at least 1"),
     ({"noise": -1.0}, r"energy\.noise=-1\.0 must not be negative"),
     ({"update_rms": 0.0}, r"energy\.update_rms=0\.0 must be positive"),
-    ({"num_steps": 1}, r"energy\.num_landscapes=2 is more than the 1 that these steps"),
-    ({"loss_steps": "last"}, r"num_landscapes=2 is more than the 1 that .* give at most 1"),
+    ({"num_landscapes": 3}, r"energy\.num_landscapes=3 must be between 0 and the 2 that these"),
+    ({"loss_steps": "last", "num_landscapes": 2}, r"=2 must be between 0 and the 1 that these"),
     ({"space": "simplex"}, "space.*simplex.*probability.*logit"),
 ]  # fmt: skip
 

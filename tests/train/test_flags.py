@@ -182,7 +182,7 @@ PRESET = "--preset=transformer_tiny"
         (["--flagfile=/absent"], "Unable to open flagfile: [Errno 2] No such file or directory"),
         (["next_token"], "unexpected argument 'next_token'; flags are written --name=value"),
         ([], "nothing to run: give --preset (one of transformer_tiny, late_to_early_tiny, "),
-        (["--preset=tiny"], "unknown preset 'tiny'; choose one of ['late_to_early_1p4b', "),
+        (["--preset=tiny"], "unknown preset 'tiny'; choose one of ['energy_image_tiny', "),
         (["--method=sgd"], "unknown method 'sgd'; choose one of ['diffusion_image', 'energy', "),
         (
             [PRESET, "--late_to_early.weight=0.5"],
