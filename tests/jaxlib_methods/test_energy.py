@@ -550,9 +550,11 @@ def first_update(model: TransformerConfig, cfg: EnergyConfig) -> float:
     params = partitioning.unbox(jax.jit(init)(key))
     energy_model = energy.model_config(model, cfg)
     text_key, initial_key, _ = jax.random.split(jax.random.fold_in(key, 1), 3)
-    tokens = jax.random.randint(text_key, (1, 64), 0, model.vocab_size)
-    positions, ones = jnp.arange(64)[None], jnp.ones_like(tokens)
-    logits = jax.random.normal(initial_key, (1, 64, model.padded_vocab_size))
+    shape = energy.CALIBRATION_SHAPE
+    tokens = jax.random.randint(text_key, shape, 0, model.vocab_size)
+    positions = jnp.broadcast_to(jnp.arange(shape[1])[None], shape)
+    ones = jnp.ones_like(tokens)
+    logits = jax.random.normal(initial_key, (*shape, model.padded_vocab_size))
     logits = logits[..., : model.vocab_size]
     pad = ((0, 0), (0, 0), (0, model.padded_vocab_size - model.vocab_size))
     p = jnp.pad(jax.nn.softmax(logits), pad)
