@@ -415,7 +415,7 @@ def golden_method(config: RunConfig) -> Method:
         model=config.model,
         num_steps=config.train.num_steps,
         sequence_length=config.data.sequence_length,
-        batch_size=4,
+        batch_size=config.data.batch_size // config.train.num_microbatches,
         tokenizer="bytes",
         load_pretrained=load_pretrained,
     )
