@@ -220,8 +220,8 @@ _TABLE: dict[str, Preset] = {
         config=_energy_tiny(),
         hardware="2 CPU cores",
         time="3 min",
-        result="1.93 nats per token; 8 steps instead of 3 change nothing, the lowest energy of 4 "
-        "noisy candidates is 1.917 where their mean is 1.931 (infer --mode=think); alpha is "
+        result="1.92 nats per token; 8 steps instead of 3 change nothing, the lowest energy of 4 "
+        "noisy candidates is 1.904 where their mean is 1.921 (infer --mode=think); alpha is "
         "calibrated to 4.9",
     ),
     "energy_xxs": _energy_preset(

@@ -74,7 +74,9 @@ def main(_: list[str]) -> None:
     print("\n| descent steps | recompute, MiB | save, MiB |\n|---|---|---|")
     policies = ("recompute", "save")
     found = {
-        policy: [temporary(512, num_steps=steps, memory=policy) for steps in STEPS]
+        policy: [
+            temporary(512, num_steps=steps, num_landscapes=1, memory=policy) for steps in STEPS
+        ]
         for policy in policies
     }
     for index, steps in enumerate(STEPS):
