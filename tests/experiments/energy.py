@@ -353,6 +353,15 @@ def main(argv: list[str]) -> None:
     configs = [config_of(*item, root) for item in jobs.items()]
     configs += image_configs(root) if "images" in chosen else []
     pool.train_all(configs, root, workers=_WORKERS.value)
+    text = str(pathlib.Path(__file__).resolve().parents[2] / "LICENSE")
+    shows: dict[str, Any] = {
+        "alphas": show_alphas, "rates": show_rates, "scaling": show_scaling, "images": show_images,
+        "systems": lambda root: show_systems(root, text),
+        "long": lambda root: show_long(root, text),
+    }  # fmt: skip
+    for name in chosen:
+        print(f"\n### {name}")
+        shows[name](root)
 
 
 if __name__ == "__main__":
