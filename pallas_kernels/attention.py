@@ -116,12 +116,15 @@ def _attend(
     K = context.key.shape[2]
     wide = jnp.promote_types(query.dtype, jnp.float32)
     own_key, own_value = (x[:, :, :, None] for x in own)  # [B, L, K, 1, C]
-    q_BLKGC = query.reshape(B, L, K, H // K, C) * jnp.asarray(C**-0.5, query.dtype)
-    s_BKGLM = jnp.einsum("blkgc,bmkc->bkglm", q_BLKGC, context.key, preferred_element_type=wide)
+    scale = jnp.asarray(C**-0.5, wide)  # of the scores: the queries would be rounded by it
+    q_BLKGC = query.reshape(B, L, K, H // K, C)
+    s_BKGLM = scale * jnp.einsum(
+        "blkgc,bmkc->bkglm", q_BLKGC, context.key, preferred_element_type=wide
+    )
     s_BKGLM = jnp.where(where[:, None, None], s_BKGLM, jnp.asarray(MASKED_SCORE, wide))
-    s_BKGL1 = jnp.moveaxis(jnp.sum(q_BLKGC.astype(wide) * own_key.astype(wide), axis=-1), 1, 3)[
-        ..., None
-    ]
+    s_BKGL1 = jnp.moveaxis(
+        jnp.sum(scale * q_BLKGC.astype(wide) * own_key.astype(wide), axis=-1), 1, 3
+    )[..., None]
     # The softmax over both parts without joining them, divided after the products with the values.
     top = jax.lax.stop_gradient(jnp.maximum(s_BKGLM.max(axis=-1, keepdims=True), s_BKGL1))
     e_BKGLM, e_BKGL1 = jnp.exp(s_BKGLM - top), jnp.exp(s_BKGL1 - top)

@@ -255,8 +255,7 @@ def test_remat_and_bfloat16():
         assert_close(got, want, 2e-5)
     coarse = energies(with_trunk(compute_dtype="bfloat16"), params, TOKENS, CANDIDATES)
     assert coarse.dtype == jnp.float32
-    # Of energies about 1 in size; single ones may be off by several roundings of 2 ** -8.
-    assert np.sqrt(np.mean(np.square(coarse - want[1]))) < 0.06
+    np.testing.assert_allclose(coarse, want[1], atol=0.1)
     assert not np.allclose(coarse, want[1], atol=1e-6)
 
 
