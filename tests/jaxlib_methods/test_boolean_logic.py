@@ -59,7 +59,7 @@ def test_values_agree_with_python_and_depth_is_exact(depth) -> None:
         assert len(boolean_logic.encode(example.text)) <= 128
 
 
-@pytest.mark.parametrize("text", ["", "T&", "(T", "T)", "()", "TF", "!", "T&x"])
+@pytest.mark.parametrize("text", ["", "T&", "(T", "(TF", "T)", "()", "TF", "!", "T&x"])
 def test_what_is_no_expression_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is no expression"):
         answer(text)

@@ -131,6 +131,7 @@ def test_fixed_sets_repeat_and_endless_ones_do_not(name) -> None:
     same(fixed.rows(range(20)), endless.rows(range(20)))
     assert set(said(endless.rows(range(1000, 1020)))) != set(said(endless.rows(range(20))))
     assert fixed.rows([10**12 + 7]).where.all()
+    assert fixed.example(47) == fixed.example(7) == endless.example(7) != endless.example(47)
 
 
 @EVERY

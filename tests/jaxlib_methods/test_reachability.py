@@ -112,6 +112,17 @@ def test_numbers_of_edges_are_those_of_the_paper() -> None:
     assert max(sum(degrees(graph)[0]) for graph in negative) <= 20
 
 
+def test_edges_are_between_any_two_nodes() -> None:
+    random, counts = seeded(0), np.zeros((5, 5), int)
+    for _ in range(600):
+        for edge in reachability.edges_of(draw(random, 1, label=0, nodes=(5, 5))):
+            counts[edge] += 1
+    between = counts[~np.eye(5, dtype=bool)]
+    assert between.min() > 0.7 * between.mean()
+    assert between.max() < 1.3 * between.mean()
+    assert not counts.diagonal().any()
+
+
 def test_the_source_of_a_negative_is_anybody() -> None:
     """Only targets are rare: the first of a random order has nearly always one out of reach."""
     random = seeded(1)
@@ -144,7 +155,7 @@ def test_matched_pairs_differ_in_edges_but_not_in_degrees(hops) -> None:
 
 
 def test_degrees_tell_the_label_unless_matched() -> None:
-    """Guesses yes where more edges leave the source and enter the target than in the middle."""
+    """Guesses yes where an edge leaves the source and one enters the target."""
     shares = {}
     for variant in ("paper", "matched"):
         random, clues, labels = seeded(3), [], []
