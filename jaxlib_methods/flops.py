@@ -4,6 +4,7 @@ A multiply and an add count as two. XLA's cost analysis counts the body of a sca
 its length, so the check counts the dots of the jaxpr instead.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -12,6 +13,7 @@ import jax
 from jax.extend import core
 from jax.interpreters import partial_eval
 
+from jaxlib_methods.models import recurrent_training
 from jaxlib_methods.models.config import TransformerConfig
 
 TRAIN_TO_FORWARD = 3  # the backward of a matmul is two matmuls of the same size
@@ -53,6 +55,81 @@ def transformer_train_flops(
     return TRAIN_TO_FORWARD * transformer_forward_flops(cfg, length, attention=attention)
 
 
+def iteration_flops(
+    cfg: TransformerConfig, length: int, *, attention: Literal["full", "causal"] = "full"
+) -> float:
+    """Forward FLOPs of one iteration of a recurrent model's core, per token: injection and blocks.
+
+    See `transformer_forward_flops` for what counts.
+    """
+    core = dataclasses.replace(cfg, num_layers=cfg.core_layers, recurrence=0)
+    injection = 4 * cfg.embed_dim**2 if cfg.injection == "linear" else 0
+    return injection + transformer_forward_flops(core, length, head=False, attention=attention)
+
+
+def recurrent_forward_flops(
+    cfg: TransformerConfig,
+    length: int,
+    *,
+    num_steps: float,
+    head: bool = True,
+    attention: Literal["full", "causal"] = "full",
+) -> float:
+    """Forward FLOPs of a recurrent model with `num_steps` iterations, per token.
+
+    prelude + coda + head + num_steps * iteration
+    """
+    once = dataclasses.replace(
+        cfg, num_layers=max(cfg.prelude_layers + cfg.coda_layers, 1), recurrence=0
+    )
+    blocks = cfg.prelude_layers + cfg.coda_layers
+    total = transformer_forward_flops(once, length, head=False, attention=attention)
+    total = total if blocks else 0.0
+    total += 2.0 * cfg.embed_dim * cfg.padded_vocab_size if head else 0.0
+    return total + num_steps * iteration_flops(cfg, length, attention=attention)
+
+
+def recurrent_train_flops(
+    cfg: TransformerConfig,
+    length: int,
+    *,
+    forward_only: float,
+    trained: float,
+    attention: Literal["full", "causal"] = "full",
+) -> float:
+    """Model FLOPs of a training step of a recurrent model, per token.
+
+        3 (prelude + coda + head + trained * iteration) + forward_only * iteration
+
+    forward_only, trained: iterations without and with gradient.
+    """
+    whole = recurrent_forward_flops(cfg, length, num_steps=trained, attention=attention)
+    free = forward_only * iteration_flops(cfg, length, attention=attention)
+    return TRAIN_TO_FORWARD * whole + free
+
+
+def forward_flops(
+    cfg: TransformerConfig, length: int, *, attention: Literal["full", "causal"] = "full"
+) -> float:
+    """Forward FLOPs of a plain model, or of a recurrent one with `cfg.recurrence` iterations."""
+    if cfg.recurrence:
+        steps = cfg.recurrence
+        return recurrent_forward_flops(cfg, length, num_steps=steps, attention=attention)
+    return transformer_forward_flops(cfg, length, attention=attention)
+
+
+def train_flops(
+    cfg: TransformerConfig, length: int, *, attention: Literal["full", "causal"] = "full"
+) -> float:
+    """Model FLOPs of a training step, per token; of a recurrent model the expected ones."""
+    if cfg.recurrence:
+        free, trained = recurrent_training.mean_steps(cfg)
+        return recurrent_train_flops(
+            cfg, length, forward_only=free, trained=trained, attention=attention
+        )
+    return transformer_train_flops(cfg, length, attention=attention)
+
+
 def late_to_early_flops(
     student: TransformerConfig,
     teacher: TransformerConfig,
@@ -66,9 +143,8 @@ def late_to_early_flops(
     logged. Interpolating the hidden states and the cosine have no matmul; the two of the optional
     learned resize (4 * teacher width * student width) are left out.
     """
-    return transformer_train_flops(
-        student, length, attention=attention
-    ) + transformer_forward_flops(teacher, length, attention=attention)
+    taught = train_flops(student, length, attention=attention)
+    return taught + forward_flops(teacher, length, attention=attention)
 
 
 def count_dot_flops(fn: Callable[..., Any], *args: Any) -> int:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jaxlib_methods import flops, losses, next_token
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics, Pretrained
 from jaxlib_methods.models.config import TransformerConfig, check_choices
-from jaxlib_methods.models.transformer import Outputs, forward
+from jaxlib_methods.models.language_model import Trained, forward
 
 Objective = Literal["alignment", "salt", "reverse_kd"]
 
@@ -41,10 +41,13 @@ class LateToEarlyConfig:
         is recommended.
     stop_step: the stop step itself, in optimiser steps; overrides stop_fraction.
     student_layer: `early` is block max(1, round(layers / 8)), `middle` round(layers / 2), `late`
-        the last. The paper's index was not found.
-    student_block: the number of the block, from 1; overrides student_layer.
+        the last. The paper's index was not found. Of a student that is recurrent in depth `early`
+        is the output of its prelude, `middle` the state after the first iteration of its core that
+        has a gradient, `late` after the last.
+    student_block: the number of the block, from 1; overrides student_layer. Of a recurrent student
+        the blocks of the prelude count first, then the iterations with gradient.
     teacher_layer: `last` is after the final norm, `last_before_norm` before it, `middle` after
-        block round(layers / 2).
+        block round(layers / 2). A recurrent teacher has `last` only.
     resize: which side is interpolated to the other's width. `learned_linear` trains a matrix from
         the teacher's width to the student's instead; it is not used after the stop step.
     distillation_weight: share of the distillation loss in `salt` and `reverse_kd`; the paper's
@@ -98,11 +101,14 @@ def _require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def student_block(cfg: LateToEarlyConfig, num_layers: int) -> int:
-    """The student's block k, from 1, whose residual stream is aligned.
+def student_block(cfg: LateToEarlyConfig, student: TransformerConfig) -> int:
+    """The student's block k, from 1, whose residual stream is aligned: its `hidden_layer`.
 
     Raises ValueError where `student_block` does not exist.
     """
+    num_layers, prelude = student.num_layers, student.prelude_layers
+    if student.recurrence:
+        num_layers = prelude + student.trained_steps
     if cfg.student_block is not None:
         _require(
             1 <= cfg.student_block <= num_layers,
@@ -110,16 +116,22 @@ def student_block(cfg: LateToEarlyConfig, num_layers: int) -> int:
             f"{num_layers} layers; choose 1 to {num_layers}",
         )
         return cfg.student_block
-    early = max(1, round(num_layers / 8))
-    return {"early": early, "middle": max(1, round(num_layers / 2)), "late": num_layers}[
-        cfg.student_layer
-    ]
+    early, middle = max(1, round(num_layers / 8)), max(1, round(num_layers / 2))
+    if student.recurrence:
+        early, middle = prelude, prelude + 1
+    return {"early": early, "middle": middle, "late": num_layers}[cfg.student_layer]
 
 
-def teacher_layer(cfg: LateToEarlyConfig, num_layers: int) -> int | Literal["final"]:
-    """The teacher's layer as `Transformer`'s `hidden_layer`."""
+def teacher_layer(cfg: LateToEarlyConfig, teacher: TransformerConfig) -> int | Literal["final"]:
+    """The teacher's layer as its `hidden_layer`. Raises ValueError where it has none such."""
     if cfg.teacher_layer == "last":
         return "final"
+    _require(
+        not teacher.recurrence,
+        f"late_to_early.teacher_layer={cfg.teacher_layer} does not exist in a teacher that is "
+        "recurrent in depth; choose last",
+    )
+    num_layers = teacher.num_layers
     return num_layers if cfg.teacher_layer == "last_before_norm" else max(1, round(num_layers / 2))
 
 
@@ -144,34 +156,43 @@ def check_teacher(teacher: Pretrained, context: Context) -> None:
 
 
 class _Forward(NamedTuple):
-    student: Outputs
-    teacher: Outputs
+    student: Trained
+    teacher: Trained
 
 
 def make_loss(
-    cfg: LateToEarlyConfig, student: TransformerConfig, teacher: TransformerConfig, *, stop: int
+    cfg: LateToEarlyConfig,
+    student: TransformerConfig,
+    teacher: TransformerConfig,
+    *,
+    stop: int,
+    evaluate: bool = False,
 ) -> LossFn:
     """The loss while the teacher is there; `extra` is `{"teacher": parameters}`.
+
+    evaluate: a recurrent student takes its usual number of iterations instead of a drawn one.
 
     Metrics: `loss` (the student's NLL), `teacher_loss` (the teacher's, so that one sees when the
     student passes it), and `alignment` (the cosine) with `alignment_weight` (lambda), or
     `distillation` (the soft cross-entropy).
     """
     aligns = cfg.objective == "alignment"
-    block = student_block(cfg, student.num_layers) if aligns else None
-    layer = teacher_layer(cfg, teacher.num_layers) if aligns else None
+    block = student_block(cfg, student) if aligns else None
+    layer = teacher_layer(cfg, teacher) if aligns else None
     term = _alignment_term(cfg, stop) if aligns else _distillation_term(cfg)
 
     def loss(
         params: Any, extra: Any, batch: Batch, *, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        del key
         where = batch.where
         inputs: dict[str, Any] = {"positions": batch.positions, "segments": batch.segments}
+        inputs["key"] = key
         frozen = jax.lax.stop_gradient(extra["teacher"])
+        mine, its = (model.recurrence or None for model in (student, teacher))
+        mine = mine if evaluate else None
         out = _Forward(
-            forward(student, params, batch.inputs, hidden_layer=block, **inputs),
-            forward(teacher, frozen, batch.inputs, hidden_layer=layer, **inputs),
+            forward(student, params, batch.inputs, hidden_layer=block, num_steps=mine, **inputs),
+            forward(teacher, frozen, batch.inputs, hidden_layer=layer, num_steps=its, **inputs),
         )
         nll = losses.masked_sum(
             losses.token_nll(out.student.logits, batch.targets, where=where), where=where
@@ -262,6 +283,7 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
         init_params=init_params,
         init=init,
         loss=make_loss(cfg, student, teacher, stop=stop),
+        evaluate=make_loss(cfg, student, teacher, stop=stop, evaluate=True),
         flops_per_token=flops.late_to_early_flops(student, teacher, length),
         until=stop,
         then=dataclasses.replace(plain, init_params=init_params),

@@ -8,7 +8,7 @@ import jax
 from jaxlib_methods import flops, losses
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.transformer import forward, init_params
+from jaxlib_methods.models.language_model import forward, init_params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,14 +16,25 @@ class NextTokenConfig:
     """Next-token prediction has nothing to configure."""
 
 
-def make_loss(cfg: TransformerConfig) -> LossFn:
-    """The next-token loss of `Transformer(cfg)`: the mean of `losses.token_nll` over targets."""
+def make_loss(cfg: TransformerConfig, *, num_steps: int | None = None) -> LossFn:
+    """The next-token loss of a model: the mean of `losses.token_nll` over targets.
+
+    num_steps: iterations of a recurrent model; None draws them, as training does.
+    """
 
     def loss(
         params: Any, extra: Any, batch: Batch, *, step: jax.Array, key: jax.Array
     ) -> tuple[jax.Array, Metrics]:
-        del extra, step, key
-        out = forward(cfg, params, batch.inputs, positions=batch.positions, segments=batch.segments)
+        del extra, step
+        out = forward(
+            cfg,
+            params,
+            batch.inputs,
+            positions=batch.positions,
+            segments=batch.segments,
+            key=key,
+            num_steps=num_steps,
+        )
         nll = losses.token_nll(out.logits, batch.targets, where=batch.where)
         total, count = losses.masked_sum(nll, where=batch.where)
         return losses.mean(total, count), {"loss": (total, count)}
@@ -34,9 +45,12 @@ def make_loss(cfg: TransformerConfig) -> LossFn:
 def make(cfg: NextTokenConfig, context: Context) -> Method:
     """Next-token prediction as a `Method`."""
     del cfg
+    model = context.model
+    evaluate = make_loss(model, num_steps=model.recurrence) if model.recurrence else None
     return Method(
-        init_params=lambda key: init_params(context.model, key),
+        init_params=lambda key: init_params(model, key),
         init=lambda key: (),
-        loss=make_loss(context.model),
-        flops_per_token=flops.transformer_train_flops(context.model, context.sequence_length),
+        loss=make_loss(model),
+        flops_per_token=flops.train_flops(model, context.sequence_length),
+        evaluate=evaluate,
     )

@@ -7,7 +7,7 @@ import jax
 
 from jaxlib_methods import diffusion_image, energy, energy_image, late_to_early, next_token
 from jaxlib_methods.method import Context, Method
-from jaxlib_methods.models import transformer
+from jaxlib_methods.models import language_model
 from jaxlib_methods.models.config import TransformerConfig
 
 
@@ -16,7 +16,7 @@ class Entry(NamedTuple):
 
     config: its configuration, a frozen dataclass. make: builds it for a run. baseline: the method
     that `--compare` trains beside it. init_model: (model, config, key) -> the boxed parameters
-    that inference needs; None: those of `Transformer(model)`.
+    that inference needs; None: those of the language model that `model` describes.
     """
 
     config: type
@@ -64,4 +64,4 @@ def build(name: str, config: Any, context: Context) -> Method:
 def init_model(name: str, model: TransformerConfig, config: Any, key: jax.Array) -> Any:
     """Boxed parameters of the model that the method `name` trains, without the method's own."""
     init = entry(name).init_model
-    return transformer.init_params(model, key) if init is None else init(model, config, key)
+    return language_model.init_params(model, key) if init is None else init(model, config, key)

@@ -25,9 +25,25 @@ class TransformerConfig:
 
     `None` means derived: `kv_heads` = `num_heads`, `head_size` = `embed_dim / num_heads`,
     `mlp_size` = 8/3 (SwiGLU) or 4 (others) times `embed_dim`, rounded up to 128.
+    block: where a block norms, see `layers.Block`.
     kernel_init: `scaled` draws kernels with deviation 1 / sqrt(fan_in), those that write to the
-        residual stream smaller by sqrt(2 * num_layers); `xavier` all with
-        sqrt(2 / (fan_in + fan_out)), as energy-based transformers do.
+        residual stream smaller by sqrt(2 * unfolded_layers); `xavier` all with
+        sqrt(2 / (fan_in + fan_out)), as energy-based transformers do; `takase` with
+        sqrt(2 / (5 * embed_dim)), as recurrent-depth models do: those that write to the stream and
+        the product half of SwiGLU smaller by sqrt(2 * unfolded_layers), and the embedding too.
+
+    A `recurrence` above 0 makes the model recurrent in depth (arXiv 2502.05171, see
+    `models.recurrent_depth`): of its `num_layers` blocks the first and the last run once, those
+    between form the core and run again and again.
+
+    recurrence: mean number of iterations of the core in training, and the number in inference.
+    recurrence_sampling: how many a training step takes. `lognormal_poisson` is the paper's, with
+        mean recurrence + 1 and a heavy tail; `uniform` 1 to 2 * recurrence - 1; `fixed` always
+        `recurrence`.
+    backprop_steps: the last iterations, through which gradients flow; none is a quarter of
+        `recurrence`, as published.
+    injection: how the prelude's output e enters each iteration of the state s: `linear` [s; e] A,
+        `add` s + e, `gate` s * e; `none` begins with s = e and never enters it again.
     """
 
     vocab_size: int = 256
@@ -51,12 +67,20 @@ class TransformerConfig:
     rope_high_frequency_factor: float = 4.0
     rope_original_length: int = 8192
     parallel_residual: bool = False  # attention and feed-forward read the same input
+    block: Literal["pre_norm", "sandwich", "post_norm"] = "pre_norm"
     qkv_bias: bool = False
+    qk_bias: bool = False  # biases of queries and keys alone
     output_bias: bool = False  # bias of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm of each query and key head, before rotation
-    kernel_init: Literal["scaled", "xavier"] = "scaled"  # see `TransformerConfig`
+    kernel_init: Literal["scaled", "xavier", "takase"] = "scaled"  # see `TransformerConfig`
     tie_embeddings: bool = False
+    recurrence: int = 0  # 0: every block runs once
+    recurrence_sampling: Literal["lognormal_poisson", "uniform", "fixed"] = "lognormal_poisson"
+    backprop_steps: int | None = None
+    prelude_layers: int = 1  # blocks before the core
+    coda_layers: int = 1  # blocks after it
+    injection: Literal["linear", "add", "gate", "none"] = "linear"
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
@@ -94,7 +118,38 @@ class TransformerConfig:
             f"learned_position_offset {self.learned_position_offset} must not be negative",
         )
         _require(self.norm_eps > 0, f"norm_eps {self.norm_eps} must be positive")
+        _require(
+            not (self.parallel_residual and self.block != "pre_norm"),
+            f"parallel_residual is for block 'pre_norm', not {self.block!r}; change one of them",
+        )
+        _require(
+            not (self.qk_bias and self.qkv_bias),
+            "qk_bias and qkv_bias both give queries and keys a bias; choose one of them",
+        )
         self._check_rope()
+        self._check_recurrence()
+
+    def _check_recurrence(self) -> None:
+        for name in ("recurrence", "prelude_layers", "coda_layers"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name} {value} must not be negative")
+        steps = self.backprop_steps
+        _require(
+            steps is None or steps >= 1,
+            f"backprop_steps {steps} must be at least 1, or None for a quarter of recurrence",
+        )
+        if self.recurrence:
+            _require(
+                self.core_layers >= 1,
+                f"num_layers {self.num_layers} leaves no block for the core beside prelude_layers "
+                f"{self.prelude_layers} and coda_layers {self.coda_layers}; give at least "
+                f"{self.prelude_layers + self.coda_layers + 1}",
+            )
+            _require(
+                steps is None or steps <= self.recurrence,
+                f"backprop_steps {steps} is more than the recurrence of {self.recurrence} "
+                f"iterations; give at most {self.recurrence}",
+            )
 
     def _check_rope(self) -> None:
         _require(self.rope_theta > 0, f"rope_theta {self.rope_theta} must be positive")
@@ -127,6 +182,21 @@ class TransformerConfig:
     def rotary_dim(self) -> int:
         """Number of features of a head that are rotated."""
         return int(self.head_size * self.rotary_fraction)
+
+    @property
+    def core_layers(self) -> int:
+        """Blocks of the core of a recurrent model."""
+        return self.num_layers - self.prelude_layers - self.coda_layers
+
+    @property
+    def trained_steps(self) -> int:
+        """Iterations of the core through which gradients flow, at most."""
+        return self.backprop_steps or max(1, self.recurrence // 4)
+
+    @property
+    def unfolded_layers(self) -> int:
+        """Blocks that a token passes: those of the core count once for each iteration."""
+        return self.num_layers + max(self.recurrence - 1, 0) * self.core_layers
 
     @property
     def padded_vocab_size(self) -> int:
@@ -167,6 +237,26 @@ def _ebt(num_layers: int, embed_dim: int, num_heads: int) -> TransformerConfig:
 # HuggingFaceTB/SmolLM-135M and meta-llama/Llama-3.2-1B.
 PUBLISHED: dict[str, TransformerConfig] = {
     **{name: _ebt(*size) for name, size in _EBT_SIZES.items()},
+    # Huginn-0125 ("nebel-raven-3.5b", arXiv 2502.05171): 3,564,976,800 parameters.
+    "huginn_3p5b": TransformerConfig(
+        vocab_size=65_536,
+        num_layers=8,
+        embed_dim=5280,
+        num_heads=55,
+        mlp_dim=17_920,
+        max_length=4096,
+        norm_eps=1e-6,
+        rope_theta=50_000.0,
+        block="sandwich",
+        qk_bias=True,
+        kernel_init="takase",
+        tie_embeddings=True,
+        recurrence=32,
+        backprop_steps=8,
+        prelude_layers=2,
+        coda_layers=2,
+        remat="full",
+    ),
     "let_1p4b": TransformerConfig(
         vocab_size=49_152,
         num_layers=24,

@@ -161,7 +161,7 @@ def prefill(
     """
     B, P = tokens.shape
     # A model may have put something of its own into the empty cache.
-    slots = cache.positions.shape[1] - getattr(apply, "reserved_slots", 0)
+    slots = cache.num_slots - getattr(apply, "reserved_slots", 0)
     needed = P + max_new_tokens - 1
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")

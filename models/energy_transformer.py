@@ -27,9 +27,10 @@ from jaxlib_methods.models.layers import (
     Rotation,
     Table,
     rotation,
+    write_slots,
 )
 from jaxlib_methods.models.partitioning import constrain
-from jaxlib_methods.models.transformer import REMAT_POLICIES, KVCache, write_slots
+from jaxlib_methods.models.transformer import REMAT_POLICIES, KVCache
 from jaxlib_methods.pallas_kernels.attention import (
     SHARED_SEGMENT,
     Keys,
@@ -56,6 +57,7 @@ class EnergyTransformerConfig:
         if self.num_landscapes < 0:
             raise ValueError(f"num_landscapes {self.num_landscapes} must not be negative")
         wanted = {"positions": "rotary", "parallel_residual": False, "tie_embeddings": False}
+        wanted |= {"block": "pre_norm", "qk_bias": False, "recurrence": 0}
         for name, value in wanted.items():
             if getattr(self.trunk, name) != value:
                 raise ValueError(

@@ -1,7 +1,7 @@
 """Norms, rotary positions, attention and feed-forward: functions first, modules around them."""
 
-# Dimension key: B batch, L sequence, M cached keys, D width, F hidden, H heads, C head size,
-# R rotated features of a head.
+# Dimension key: B batch, L sequence, M cached keys (slots), D width, F hidden, H heads,
+# C head size, R rotated features of a head.
 
 import math
 from collections.abc import Callable
@@ -97,9 +97,42 @@ def parameter(
     return cast(jax.Array, module.param(name, boxed, shape, jnp.dtype(cfg.param_dtype)))
 
 
-def _kernel_init(fan_in: int, scale: float, used: int | None) -> Initializer:
-    # 0.88 is the deviation of a unit normal that is cut at 2.
-    draw = nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5 / 0.87962566)
+def truncated_normal(stddev: float) -> Initializer:
+    """A normal of deviation `stddev`, cut at 3 of it and not rescaled."""
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.truncated_normal(key, -3.0, 3.0, shape, dtype) * stddev
+
+    return init
+
+
+def takase(embed_dim: int) -> float:
+    """Standard deviation of kernels and embeddings before their scale: sqrt(2 / (5 D)).
+
+    Takase et al. 2023, as recurrent-depth models take it (arXiv 2502.05171); cut at 3 of it.
+    """
+    return (2 / (5 * embed_dim)) ** 0.5
+
+
+def write_slots(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """Writes `new` `[B, L, ...]` into the slots `[B, M, ...]` of a cache.
+
+    at: the slot of the first, int32 scalar; or of each, `[B, L]`, where M and above writes nothing.
+    """
+    if at.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), at, axis=1)
+    rows = jnp.arange(slots.shape[0])[:, None]
+    return slots.at[rows, at].set(new.astype(slots.dtype), mode="drop")
+
+
+def _kernel_init(
+    cfg: TransformerConfig, fan_in: int, scale: float, used: int | None
+) -> Initializer:
+    if cfg.kernel_init == "takase":
+        draw = truncated_normal(scale * takase(cfg.embed_dim))
+    else:
+        # 0.88 is the deviation of a unit normal that is cut at 2.
+        draw = nn.initializers.truncated_normal(stddev=scale * fan_in**-0.5 / 0.87962566)
     if used is None:
         return draw
 
@@ -134,7 +167,7 @@ class Projection(nn.Module):
         if self.cfg.kernel_init == "xavier":
             kernel_init: Initializer = nn.initializers.normal((2 / (fan_in + fan_out)) ** 0.5)
         else:
-            kernel_init = _kernel_init(fan_in, self.init_scale, self.used)
+            kernel_init = _kernel_init(self.cfg, fan_in, self.init_scale, self.used)
         shape, names = (*self.in_shape, *self.out_shape), (*self.in_names, *self.out_names)
         kernel = parameter(self, "kernel", kernel_init, shape, names, self.cfg)
         axes = tuple(range(-len(self.in_shape), 0))
@@ -153,7 +186,10 @@ class Projection(nn.Module):
 
 
 class Table(nn.Module):
-    """Embeddings: a normal table of `shape`; rows from `used` on are zero."""
+    """Embeddings: a normal table of `shape`; rows from `used` on are zero.
+
+    `kernel_init="takase"` draws with its deviation instead of `stddev`.
+    """
 
     cfg: TransformerConfig
     shape: tuple[int, int]
@@ -164,7 +200,10 @@ class Table(nn.Module):
     @nn.compact
     def __call__(self) -> jax.Array:
         def init(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
-            table = jax.random.normal(key, shape, dtype) * self.stddev
+            if self.cfg.kernel_init == "takase":
+                table = truncated_normal(takase(self.cfg.embed_dim))(key, shape, dtype)
+            else:
+                table = jax.random.normal(key, shape, dtype) * self.stddev
             return jnp.where(jnp.arange(shape[0])[:, None] < self.used, table, 0)
 
         return parameter(self, "table", init, self.shape, (self.row_name, "embed"), self.cfg)
@@ -191,7 +230,8 @@ class Attention(nn.Module):
     """Multi-head attention with grouped keys and values.
 
     x: `[B, L, D]`; where: bool `[B, L, M]`; angles: rotary cosine and sine or None;
-    cache: keys and values `[B, M, K, C]` of this layer and the slot at which to write, or None.
+    cache: keys and values `[B, M, K, C]` of this layer and where to write (see `write_slots`), or
+    None.
     Returns the output `[B, L, D]` and the cache's new keys and values (None without a cache).
     """
 
@@ -216,8 +256,13 @@ class Attention(nn.Module):
             out_names=("embed",),
             use_bias=cfg.output_bias,
             cfg=cfg,
-            init_scale=(2 * cfg.num_layers) ** -0.5,
+            init_scale=(2 * cfg.unfolded_layers) ** -0.5,
         )
+        if cfg.qk_bias:
+            zeros = nn.initializers.zeros
+            names = ("kv_heads", "head_dim")
+            self.query_bias = parameter(self, "query_bias", zeros, heads, ("heads", names[1]), cfg)
+            self.key_bias = parameter(self, "key_bias", zeros, kv_heads, names, cfg)
         if cfg.qk_norm:
             self.query_norm = Norm(cfg, cfg.head_size, kind="rms_norm")
             self.key_norm = Norm(cfg, cfg.head_size, kind="rms_norm")
@@ -227,6 +272,9 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Queries `[B, L, H, C]`, keys and values `[B, L, K, C]` of `x`, normed and rotated."""
         query, key, value = self.query(x), self.key(x), self.value(x)
+        if self.cfg.qk_bias:
+            query = query + self.query_bias.astype(query.dtype)[None, None]
+            key = key + self.key_bias.astype(key.dtype)[None, None]
         if self.cfg.qk_norm:
             query, key = self.query_norm(query), self.key_norm(key)
         if angles is not None:
@@ -243,10 +291,7 @@ class Attention(nn.Module):
         query, key, value = self.heads(x, angles)
         if cache is not None:
             keys, values, slot = cache
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), slot, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(
-                values, value.astype(values.dtype), slot, axis=1
-            )
+            key, value = write_slots(keys, key, slot), write_slots(values, value, slot)
         # Context parallelism: queries stay cut along the sequence, keys and values are gathered.
         key = constrain(key, "batch", None, "kv_heads", None)
         value = constrain(value, "batch", None, "kv_heads", None)
@@ -273,7 +318,10 @@ class FeedForward(nn.Module):
             "use_bias": cfg.mlp_bias,
             "cfg": cfg,
         }
-        up = Projection(name="up", **inputs)(x)
+        # Of the product of two halves one is drawn small, like what writes to the stream.
+        small = cfg.mlp == "swiglu" and cfg.kernel_init == "takase"
+        written = (2 * cfg.unfolded_layers) ** -0.5
+        up = Projection(name="up", init_scale=written if small else 1.0, **inputs)(x)
         if cfg.mlp == "swiglu":
             hidden = jax.nn.silu(Projection(name="gate", **inputs)(x)) * up
         elif cfg.mlp == "relu":
@@ -289,15 +337,19 @@ class FeedForward(nn.Module):
             out_names=("embed",),
             use_bias=cfg.mlp_bias,
             cfg=cfg,
-            init_scale=(2 * cfg.num_layers) ** -0.5,
+            init_scale=written,
         )(hidden)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block.
+    """One transformer block.
 
-        sequential: h = x + attention(norm(x));  y = h + feed_forward(norm(h))
-        parallel:   y = x + attention(norm(x)) + feed_forward(norm(x))      (GPT-NeoX)
+        pre_norm:  h = x + attention(norm(x));  y = h + feed_forward(norm(h))
+        parallel:  y = x + attention(norm(x)) + feed_forward(norm(x))      (GPT-NeoX)
+        sandwich:  h = norm(x + attention(norm(x)));  y = norm(h + feed_forward(norm(h)))
+        post_norm: h = norm(x + attention(x));  y = norm(h + feed_forward(h))
+
+    The norms after the sums of `sandwich` bound a state that passes a block again and again.
 
     Arguments and results as `Attention`'s, on the residual stream `[B, L, D]`.
     """
@@ -316,8 +368,17 @@ class Block(nn.Module):
         attention_norm = Norm(cfg, cfg.embed_dim, name="attention_norm")
         mlp_norm = Norm(cfg, cfg.embed_dim, name="mlp_norm")
         mlp = FeedForward(cfg, name="mlp")
-        mixed, kv = Attention(cfg, name="attention")(attention_norm(x), where, angles, cache)
-        y = x + mixed + mlp(mlp_norm(x)) if cfg.parallel_residual else x + mixed
-        if not cfg.parallel_residual:
+        attended = x if cfg.block == "post_norm" else attention_norm(x)
+        mixed, kv = Attention(cfg, name="attention")(attended, where, angles, cache)
+        if cfg.parallel_residual:
+            y = x + mixed + mlp(mlp_norm(x))
+        elif cfg.block == "post_norm":
+            y = attention_norm(x + mixed)
+            y = mlp_norm(y + mlp(y))
+        elif cfg.block == "sandwich":
+            y = Norm(cfg, cfg.embed_dim, name="attention_post_norm")(x + mixed)
+            y = Norm(cfg, cfg.embed_dim, name="mlp_post_norm")(y + mlp(mlp_norm(y)))
+        else:
+            y = x + mixed
             y = y + mlp(mlp_norm(y))
         return constrain(y, "batch", "sequence", None), kv

@@ -68,7 +68,8 @@ class PatchTransformerConfig:
         Raises ValueError where the run's model asks for what these blocks do not have.
         """
         plain = TransformerConfig()
-        for name in ("norm", "mlp", "positions", "num_kv_heads", "head_dim", "qk_norm"):
+        names = ("norm", "mlp", "positions", "num_kv_heads", "head_dim", "qk_norm", "block")
+        for name in (*names, "recurrence"):
             if getattr(model, name) != getattr(plain, name):
                 raise ValueError(
                     f"model.{name}={getattr(model, name)} has no meaning in a patch transformer; "

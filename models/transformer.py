@@ -10,7 +10,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.layers import Block, Norm, Projection, Rotation, Table, rotation
+from jaxlib_methods.models.layers import (
+    Block,
+    Norm,
+    Projection,
+    Rotation,
+    Table,
+    rotation,
+    write_slots,
+)
 from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE, visible
 
@@ -37,6 +45,11 @@ class KVCache(NamedTuple):
     positions: jax.Array
     segments: jax.Array
     length: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        """M: how many tokens the cache can hold."""
+        return self.positions.shape[1]
 
 
 class Outputs(NamedTuple):
@@ -93,7 +106,8 @@ class Transformer(nn.Module):
         angles = rotation(positions, cfg) if cfg.positions == "rotary" else None
         table, x = self._embed(inputs, positions)
         tap_layer = hidden_layer if isinstance(hidden_layer, int) else None
-        x, tap, kv = self._blocks(x, where, angles, cache, tap_layer)
+        slots = None if cache is None else (cache.keys, cache.values, cache.length)
+        x, tap, kv = run_blocks(cfg, cfg.num_layers, x, where, angles, slots, tap_layer)
         x = Norm(cfg, cfg.embed_dim, name="final_norm")(x)
         new_cache = None
         if cache is not None:
@@ -105,86 +119,109 @@ class Transformer(nn.Module):
 
     def _embed(self, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
-        dtype = jnp.dtype(cfg.compute_dtype)
-        deviation = cfg.embed_dim**-0.5
-        shape = (cfg.padded_vocab_size, cfg.embed_dim)
-        table = Table(cfg, shape, cfg.vocab_size, "vocab", deviation, name="embedding")()
-        # A gather from a table that is cut along the vocabulary makes XLA rematerialise it:
-        # gather the table first, in the compute dtype.
-        x = constrain(table.astype(dtype), None, None)[inputs]
+        table = token_table(cfg, name="embedding")()
+        x = look_up(cfg, table, inputs)
         if cfg.positions == "learned":
-            rows = cfg.max_length + cfg.learned_position_offset
-            shape = (rows, cfg.embed_dim)
-            learned = Table(cfg, shape, rows, "table_rows", deviation, name="position_embedding")()
-            learned = constrain(learned.astype(dtype), None, None)
-            x = x + learned[positions + cfg.learned_position_offset]
+            learned = position_table(cfg, name="position_embedding")()
+            x = x + look_up(cfg, learned, positions + cfg.learned_position_offset)
         return table, constrain(x, "batch", "sequence", None)
-
-    def _blocks(
-        self,
-        x: jax.Array,
-        where: jax.Array,
-        angles: Rotation | None,
-        cache: KVCache | None,
-        tap_layer: int | None,
-    ) -> tuple[jax.Array, jax.Array | None, _KeysValues | None]:
-        cfg = self.cfg
-        block_class = Block
-        if cfg.remat != "none":
-            policy = REMAT_POLICIES[cfg.remat]
-            block_class = nn.remat(Block, policy=policy, prevent_cse=False)
-
-        def body(block: Block, carry: _Carry, layer: _Layer) -> tuple[_Carry, _KeysValues | None]:
-            (x, tap), (index, kv) = carry, layer
-            slots = None if kv is None or cache is None else (*kv, cache.length)
-            x, kv = block(x, where, angles, slots)
-            if tap is not None:
-                # Outside the remat: a select needs nothing saved, so a tap costs one array.
-                tap = jnp.where(index + 1 == tap_layer, x, tap)
-            return (x, tap), kv
-
-        scan = nn.scan(
-            body,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            length=cfg.num_layers,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        kv = None if cache is None else (cache.keys, cache.values)
-        carry = (x, None if tap_layer is None else x)
-        (x, tap), kv = scan(
-            block_class(cfg, name="blocks"), carry, (jnp.arange(cfg.num_layers), kv)
-        )
-        return x, tap, kv
 
     def _logits(self, x: jax.Array, table: jax.Array) -> jax.Array:
         cfg = self.cfg
         if cfg.tie_embeddings:
-            wide = jnp.promote_types(x.dtype, jnp.float32)
-            kernel = table.astype(x.dtype)
-            logits = jnp.einsum("bld,vd->blv", x, kernel, preferred_element_type=wide)
-        else:
-            logits = Projection(
-                in_shape=(cfg.embed_dim,),
-                out_shape=(cfg.padded_vocab_size,),
-                in_names=("embed",),
-                out_names=("vocab",),
-                use_bias=False,
-                cfg=cfg,
-                used=cfg.vocab_size,
-                output="wide",
-                name="head",
-            )(x)
-        logits = constrain(logits, "batch", "sequence", "vocab")
-        if cfg.padded_vocab_size == cfg.vocab_size:
-            return logits
-        real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
-        return jnp.where(real[None, None], logits, MASKED_SCORE)
+            return mask_padding(cfg, tied_logits(x, table))
+        return mask_padding(cfg, output_head(cfg, name="head")(x))
 
 
-def write_slots(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """Writes `new` `[B, L, ...]` into the slots `[B, M, ...]` of a cache, from slot `at` on."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, new.astype(slots.dtype), at, axis=1)
+def token_table(cfg: TransformerConfig, name: str | None = None) -> Table:
+    """The table of embeddings of tokens."""
+    shape = (cfg.padded_vocab_size, cfg.embed_dim)
+    return Table(cfg, shape, cfg.vocab_size, "vocab", cfg.embed_dim**-0.5, name=name)
+
+
+def position_table(cfg: TransformerConfig, name: str | None = None) -> Table:
+    """The table of embeddings of learned positions."""
+    rows = cfg.max_length + cfg.learned_position_offset
+    return Table(cfg, (rows, cfg.embed_dim), rows, "table_rows", cfg.embed_dim**-0.5, name=name)
+
+
+def look_up(cfg: TransformerConfig, table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows of a table in the compute dtype: int32 `[B, L]` to `[B, L, D]`."""
+    # A gather from a table that is cut along the vocabulary makes XLA rematerialise it:
+    # gather the table first, in the compute dtype.
+    return constrain(table.astype(jnp.dtype(cfg.compute_dtype)), None, None)[rows]
+
+
+def output_head(cfg: TransformerConfig, name: str | None = None) -> Projection:
+    """The matrix from the last state to logits, where it is not the table of embeddings."""
+    return Projection(
+        in_shape=(cfg.embed_dim,),
+        out_shape=(cfg.padded_vocab_size,),
+        in_names=("embed",),
+        out_names=("vocab",),
+        use_bias=False,
+        cfg=cfg,
+        used=cfg.vocab_size,
+        output="wide",
+        name=name,
+    )
+
+
+def tied_logits(x: jax.Array, table: jax.Array) -> jax.Array:
+    """States `[B, L, D]` against a table `[V, D]`: logits `[B, L, V]`, float32 or better."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return jnp.einsum("bld,vd->blv", x, table.astype(x.dtype), preferred_element_type=wide)
+
+
+def mask_padding(cfg: TransformerConfig, logits: jax.Array) -> jax.Array:
+    """Logits `[B, L, V]` with those of the padded vocabulary out of reach, placed."""
+    logits = constrain(logits, "batch", "sequence", "vocab")
+    if cfg.padded_vocab_size == cfg.vocab_size:
+        return logits
+    real = jnp.arange(cfg.padded_vocab_size) < cfg.vocab_size
+    return jnp.where(real[None, None], logits, MASKED_SCORE)
+
+
+def run_blocks(
+    cfg: TransformerConfig,
+    num_layers: int,
+    x: jax.Array,
+    where: jax.Array,
+    angles: Rotation | None,
+    cache: tuple[jax.Array, jax.Array, jax.Array] | None,
+    tap_layer: int | None = None,
+) -> tuple[jax.Array, jax.Array | None, _KeysValues | None]:
+    """Scans `num_layers` blocks that are declared as `blocks` in the calling compact module.
+
+    cache: keys and values `[num_layers, B, M, K, C]` and where to write, or None. Returns the
+    stream, that after block `tap_layer` (0: the input), the new keys and values.
+    """
+    block_class = Block
+    if cfg.remat != "none":
+        policy = REMAT_POLICIES[cfg.remat]
+        block_class = nn.remat(Block, policy=policy, prevent_cse=False)
+    keys_values, slot = (None, None) if cache is None else (cache[:2], cache[2])
+
+    def body(block: Block, carry: _Carry, layer: _Layer) -> tuple[_Carry, _KeysValues | None]:
+        (x, tap), (index, kv) = carry, layer
+        slots = None if kv is None or slot is None else (*kv, slot)
+        x, kv = block(x, where, angles, slots)
+        if tap is not None:
+            # Outside the remat: a select needs nothing saved, so a tap costs one array.
+            tap = jnp.where(index + 1 == tap_layer, x, tap)
+        return (x, tap), kv
+
+    scan = nn.scan(
+        body,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=num_layers,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    carry = (x, None if tap_layer is None else x)
+    layers = (jnp.arange(num_layers), keys_values)
+    (x, tap), kv = scan(block_class(cfg, name="blocks"), carry, layers)
+    return x, tap, kv
 
 
 def init_params(cfg: TransformerConfig, key: jax.Array) -> dict:

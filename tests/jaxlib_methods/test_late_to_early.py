@@ -200,11 +200,12 @@ def test_layer_pairings(at, k, late, layer):
     ("layers", "early", "middle"), [(24, 3, 12), (32, 4, 16), (6, 1, 3), (2, 1, 1), (1, 1, 1)]
 )
 def test_layers_by_name(layers, early, middle):
+    model = dataclasses.replace(STUDENT, num_layers=layers)
     for name, k in [("early", early), ("middle", middle), ("late", layers)]:
-        assert student_block(changed(student_block=None, student_layer=name), layers) == k
+        assert student_block(changed(student_block=None, student_layer=name), model) == k
     for name, k in [("last", "final"), ("last_before_norm", layers), ("middle", middle)]:
-        assert teacher_layer(changed(teacher_layer=name), layers) == k
-    assert student_block(changed(student_block=1, student_layer="late"), layers) == 1
+        assert teacher_layer(changed(teacher_layer=name), model) == k
+    assert student_block(changed(student_block=1, student_layer="late"), model) == 1
 
 
 @pytest.mark.parametrize("block", [0, 4])

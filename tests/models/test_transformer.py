@@ -310,6 +310,8 @@ FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
     "rope_high_frequency_factor": (LLAMA3, 5.0),
     "rope_original_length": (LLAMA3, 50),
     "parallel_residual": ({}, True),
+    "block": ({}, "sandwich"),
+    "qk_bias": ({}, True),
     "qkv_bias": ({}, True),
     "output_bias": ({}, True),
     "mlp_bias": ({}, True),
@@ -322,8 +324,11 @@ FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
 
 def test_every_field_is_listed():
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
-    # remat must not matter, kernel_init only where parameters are drawn: see below.
-    assert names - set(FIELDS) == {"remat", "kernel_init"}
+    # remat must not matter, kernel_init only where parameters are drawn: see below. Those of the
+    # recurrence have their own, in test_recurrent_depth.py.
+    recurrence = {"recurrence", "recurrence_sampling", "backprop_steps", "injection"}
+    recurrence |= {"prelude_layers", "coda_layers"}
+    assert names - set(FIELDS) == {"remat", "kernel_init"} | recurrence
 
 
 def test_kernels_are_drawn_as_the_configuration_says():
@@ -336,7 +341,10 @@ def test_kernels_are_drawn_as_the_configuration_says():
     scaled["down"] = 768**-0.5 * written
     xavier = {"query": (2 / 512) ** 0.5, "key": (2 / 320) ** 0.5, "output": (2 / 512) ** 0.5}
     xavier |= dict.fromkeys(("up", "down"), (2 / 1024) ** 0.5)
-    for kind, deviations in (("scaled", scaled), ("xavier", xavier)):
+    narrow = (2 / (5 * 256)) ** 0.5 * 0.98658  # which a cut at three deviations leaves
+    takase = dict.fromkeys(("query", "key", "value", "gate"), narrow)
+    takase |= dict.fromkeys(("output", "up", "down"), narrow * written)
+    for kind, deviations in (("scaled", scaled), ("xavier", xavier), ("takase", takase)):
         blocks = jax.jit(
             lambda key, kind=kind: partitioning.unbox(
                 init_params(dataclasses.replace(cfg, kernel_init=kind), key)

@@ -1,0 +1,57 @@
+"""A language model of either depth, plain or recurrent, as training sees it."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from jaxlib_methods.models import recurrent_depth, recurrent_training, transformer
+from jaxlib_methods.models.config import TransformerConfig
+
+
+class Trained(NamedTuple):
+    """What a forward pass of training gives.
+
+    logits, hidden: see `transformer.Outputs`. recurrent: all of a recurrent model's outputs, and
+    num_steps: how many iterations were taken; both None for a plain one.
+    """
+
+    logits: jax.Array
+    hidden: jax.Array | None
+    recurrent: recurrent_training.RecurrentOutputs | None = None
+    num_steps: jax.Array | None = None
+
+
+def init_params(cfg: TransformerConfig, key: jax.Array) -> dict:
+    """Parameters of the model, boxed with logical axis names."""
+    init = recurrent_depth.init_params if cfg.recurrence else transformer.init_params
+    return init(cfg, key)
+
+
+def forward(
+    cfg: TransformerConfig,
+    params: Mapping[str, Any],
+    inputs: jax.Array,
+    *,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    hidden_layer: int | Literal["final"] | None = None,
+    key: jax.Array,
+    num_steps: jax.Array | int | None = None,
+) -> Trained:
+    """The model on whole sequences, int32 `[B, L]`.
+
+    A recurrent model draws its number of iterations and its first state from `key`; num_steps
+    sets the number instead. A plain model reads neither.
+    """
+    arguments: dict[str, Any] = {"positions": positions, "segments": segments}
+    arguments["hidden_layer"] = hidden_layer
+    if not cfg.recurrence:
+        out = transformer.forward(cfg, params, inputs, **arguments)
+        return Trained(out.logits, out.hidden)
+    steps_key, state_key = jax.random.split(key)
+    steps = recurrent_training.draw_steps(cfg, steps_key) if num_steps is None else num_steps
+    out = recurrent_training.forward(
+        cfg, params, inputs, key=state_key, num_steps=steps, **arguments
+    )
+    return Trained(out.logits, out.hidden, out, jax.numpy.asarray(steps))
