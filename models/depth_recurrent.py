@@ -233,15 +233,15 @@ def init_params(cfg: DepthRecurrentConfig, key: jax.Array) -> dict:
     """
     model, zeros = DepthRecurrentTransformer(cfg), jnp.zeros((1, 2), jnp.int32)
 
-    def block(key: jax.Array) -> dict[str, Any]:
-        key_init, key_draw = jax.random.split(key)
-        return _redraw(dict(model.init(key_init, zeros, zeros)["params"]["block"]), key_draw)
+    def one_block(key: jax.Array) -> dict[str, Any]:
+        key_model, key_block = jax.random.split(key)
+        params = dict(model.init(key_model, zeros, zeros)["params"])
+        return params | {"block": _redraw(dict(params["block"]), key_block)}
 
-    key_model, key_block = jax.random.split(key)
-    params = dict(model.init(key_model, zeros, zeros)["params"])
+    params = one_block(key)
     if cfg.weights == "tied":
-        return params | {"block": block(key_block)}
-    blocks = jax.vmap(block)(jax.random.split(key_block, cfg.max_steps))
+        return params
+    blocks = jax.vmap(lambda key: one_block(key)["block"])(jax.random.split(key, cfg.max_steps))
     return params | {"block": nn.meta.add_axis(blocks, 0, {nn.PARTITION_NAME: "layers"})}
 
 
@@ -310,9 +310,9 @@ def _scan(
     num_steps: Depth,
     max_steps: int | None,
     key: jax.Array | None,
-    observe: Callable[[jax.Array, jax.Array, jax.Array, jax.Array], Any],
+    observe: Callable[[jax.Array, jax.Array, jax.Array], Any],
 ) -> tuple[jax.Array, Any]:
-    """Takes the steps; `observe(t, old state, new state, gate)` says what to keep of each."""
+    """Takes the steps; `observe(old state, new state, gate)` says what to keep of each."""
     most = cfg.max_steps if max_steps is None else max_steps
     for name, value in (("max_steps", most), ("num_steps", num_steps)):
         if isinstance(value, int) and not 0 <= value <= min(most, cfg.max_steps):
@@ -325,7 +325,7 @@ def _scan(
 
     def take(state: jax.Array, t: jax.Array) -> tuple[jax.Array, Any]:
         new, gate = step(cfg, params, state, t, sees, key=key)
-        return new, observe(t, state, new, gate)
+        return new, observe(state, new, gate)
 
     def skip(state: jax.Array, t: jax.Array) -> tuple[jax.Array, Any]:
         seen = jax.eval_shape(take, state, t)[1]
@@ -417,7 +417,7 @@ def trajectory(
     def mean(x: jax.Array) -> jax.Array:
         return jnp.where(real, x, 0).sum(axis=1) / count
 
-    def observe(t: jax.Array, old: jax.Array, new: jax.Array, gate: jax.Array) -> Trajectory:
+    def observe(old: jax.Array, new: jax.Array, gate: jax.Array) -> Trajectory:
         logits = readout(cfg, params, new, endpoints, key=key_readout)
         old, new, gate = jax.lax.stop_gradient((old, new, gate))
         size = jnp.linalg.norm

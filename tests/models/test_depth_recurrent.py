@@ -306,7 +306,7 @@ def test_more_steps_than_the_model_has_are_refused_or_clamped():
     with pytest.raises(ValueError, match="step 4 does not exist; choose 0 to 3"):
         dr.step(GRAPH, params, state, 4, SEES)
     last = step(GRAPH, params, state, S - 1, SEES)
-    assert_close(step(GRAPH, params, state, jnp.int32(7), SEES), last, 0.0)
+    assert_close(step(GRAPH, params, state, jnp.int32(5), SEES), last, 0.0)
 
 
 # What sees what.
