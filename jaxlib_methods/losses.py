@@ -200,3 +200,24 @@ def smooth_l1(
         distance = jnp.where(where, distance, 0.0)
     size = jnp.abs(distance)
     return jnp.where(size < beta, 0.5 * distance**2 / beta, size - 0.5 * beta)
+
+
+def binary_nll(
+    logits: jax.Array, targets: jax.Array, *, where: jax.Array | None = None
+) -> jax.Array:
+    """Binary cross-entropy with logits.
+
+        l = -y log sigmoid(z) - (1 - y) log sigmoid(-z)
+
+    logits, targets (between 0 and 1), where (bool, False gives 0): `[...]`. One number per
+    element in nats, `[...]`, float32 or better.
+
+    >>> import jax.numpy as jnp
+    >>> [round(float(l), 4) for l in binary_nll(jnp.zeros(2), jnp.array([1.0, 0.5]))]
+    [0.6931, 0.6931]
+    """
+    z, y = _wide(logits), _wide(targets)
+    if where is not None:
+        z = jnp.where(where, z, 0.0)
+    loss = jax.nn.softplus(z) - y * z
+    return loss if where is None else jnp.where(where, loss, 0.0)

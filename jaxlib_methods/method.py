@@ -138,8 +138,8 @@ class Method:
     rows_multiple: the rows of a micro-batch on each device must be a multiple of it.
     rate_factors: top-level name of parameters -> factor on their learning rate.
     dataset: split -> the examples, where they are not the text of `data.source`.
-    monitor: the metrics of a logged step -> one sentence about what has gone wrong, or None. The
-        loop says it once: what stands before its colon names it.
+    monitor: the metrics of a logged step or of an evaluation, with `step` -> one sentence about
+        what has gone wrong, or None. The loop says it once: what stands before its colon names it.
     """
 
     init_params: Callable[[jax.Array], Params]

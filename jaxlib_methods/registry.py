@@ -1,33 +1,65 @@
 """The one table of methods: name -> (configuration, maker, and what differs from the usual)."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxlib_methods import diffusion_image, energy, energy_image, late_to_early, next_token
+from jaxlib_methods import (
+    depth_recurrence,
+    diffusion_image,
+    energy,
+    energy_image,
+    late_to_early,
+    next_token,
+)
+from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.method import Context, Method
 from jaxlib_methods.models import language_model
 from jaxlib_methods.models.config import TransformerConfig
+
+
+class Baseline(NamedTuple):
+    """What a method is compared with: a method, its model and its configuration."""
+
+    method: str
+    model: TransformerConfig
+    config: Any
 
 
 class Entry(NamedTuple):
     """A method of the table.
 
     config: its configuration, a frozen dataclass. make: builds it for a run. baseline: the method
-    that `--compare` trains beside it. init_model: (model, config, key) -> the boxed parameters
+    that `--compare` trains beside it on the same model, or (model, config) -> a `Baseline`.
+    init_model: (model, config, key) -> the boxed parameters
     that inference needs; None: those of the language model that `model` describes.
     """
 
     config: type
     make: Callable[[Any, Context], Method]
-    baseline: str = "next_token"
+    baseline: str | Callable[[TransformerConfig, Any], Baseline] = "next_token"
     init_model: Callable[[TransformerConfig, Any, jax.Array], Any] | None = None
+
+
+def _without_recurrence(model: TransformerConfig, config: Any) -> Baseline:
+    """The same blocks, each once: a plain language model; of questions, a block for each step."""
+    if config.task == "language":
+        plain = dataclasses.replace(model, recurrence=0, backprop_steps=None)
+        return Baseline("next_token", plain, next_token.NextTokenConfig())
+    return Baseline("depth_recurrence", model, dataclasses.replace(config, recurrence="untied"))
 
 
 METHODS: dict[str, Entry] = {
     "next_token": Entry(next_token.NextTokenConfig, next_token.make),
     "late_to_early": Entry(late_to_early.LateToEarlyConfig, late_to_early.make),
+    "depth_recurrence": Entry(
+        DepthRecurrenceConfig,
+        depth_recurrence.make,
+        baseline=_without_recurrence,
+        init_model=depth_recurrence.init_params,
+    ),
     "energy": Entry(energy.EnergyConfig, energy.make, init_model=energy.init_params),
     "energy_image": Entry(
         energy_image.EnergyImageConfig,
@@ -49,6 +81,20 @@ def entry(name: str) -> Entry:
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}; choose one of {sorted(METHODS)}")
     return METHODS[name]
+
+
+def baseline(name: str, model: TransformerConfig, config: Any) -> Baseline:
+    """The baseline of a method on a model.
+
+    Fields of the method's configuration that the baseline's has too keep their values.
+    """
+    found = entry(name).baseline
+    if not isinstance(found, str):
+        return found(model, config)
+    fields = {field.name for field in dataclasses.fields(config_class(found))}
+    mine = {field.name for field in dataclasses.fields(config)}
+    shared = {field: getattr(config, field) for field in mine & fields}
+    return Baseline(found, model, config_class(found)(**shared))
 
 
 def config_class(name: str) -> type:

@@ -183,10 +183,18 @@ def check_same_run(
 def check_same_architecture(
     saved: TransformerConfig, current: TransformerConfig, *, where: object
 ) -> None:
-    """Raises ValueError naming the first value in which two models have other parameters."""
-    ignored = ["compute_dtype", "param_dtype", "remat"]
+    """Raises ValueError naming the first value in which two models have other parameters.
+
+    How long a recurrent model iterates is no part of its parameters, that it does is.
+    """
+    ignored = ["compute_dtype", "param_dtype", "remat", "kernel_init"]
+    ignored += ["recurrence_sampling", "backprop_steps"]
     if current.positions != "learned":
         ignored.append("max_length")
+    if saved.recurrence and current.recurrence:
+        ignored.append("recurrence")
+    if not saved.recurrence and not current.recurrence:
+        ignored += ["prelude_layers", "coda_layers", "injection"]
     for field in dataclasses.fields(TransformerConfig):
         before, now = getattr(saved, field.name), getattr(current, field.name)
         if before != now and field.name not in ignored:
@@ -328,12 +336,19 @@ def load_pretrained(
     return _load_run(folder, mesh, weights, dtype)
 
 
+def is_language_model(config: RunConfig) -> bool:
+    """Whether a run's parameters are those of the language model that `config.model` describes."""
+    if registry.entry(config.method).init_model is None:
+        return True
+    return getattr(config.method_config, "task", None) == "language"
+
+
 def _load_run(
     folder: epath.Path, mesh: Mesh | None, weights: bool, dtype: str | None
 ) -> Pretrained:
     record = read_record(folder)
     assert record is not None
-    if registry.entry(record.config.method).init_model is not None:
+    if not is_language_model(record.config):
         raise ValueError(
             f"the run in {folder} trains a model of the method {record.config.method}, not a plain "
             "transformer; give the run of another method, or a Hugging Face folder"

@@ -178,12 +178,12 @@ def rows_on(devices: Iterable[Any], sharding: NamedSharding, shape: tuple[int, .
     return np.unique(np.concatenate([rows[held[device][0]] for device in devices]))
 
 
-def field_spec(field: np.ndarray, spec: PartitionSpec) -> PartitionSpec:
-    """Where a field of a batch is cut, given how tokens `[B, L]` are.
+def field_spec(field: np.ndarray, spec: PartitionSpec, *, length: int) -> PartitionSpec:
+    """Where a field of a batch is cut, given how tokens `[B, length]` are.
 
-    The rows of any field; the second axis of token fields (integers and bools `[B, L]`) alone.
+    The rows of any field; the second axis of token fields (integers and bools of it) alone.
     """
-    tokens = field.ndim == 2 and field.dtype.kind in "iub"
+    tokens = field.ndim == 2 and field.dtype.kind in "iub" and field.shape[1] == length
     return spec if tokens else PartitionSpec(*spec[:1])
 
 
@@ -202,7 +202,7 @@ def put_rows(dataset: Dataset, indices: np.ndarray, *, mesh: Mesh, spec: Partiti
             rows = np.searchsorted(local, np.arange(total)[index[0]])
             return field[rows][(slice(None), *index[1:])]
 
-        sharding = NamedSharding(mesh, field_spec(field, spec))
+        sharding = NamedSharding(mesh, field_spec(field, spec, length=dataset.sequence_length))
         return jax.make_array_from_callback((total, *field.shape[1:]), sharding, shard)
 
     return type(built)(*(put(np.asarray(field)) for field in built))

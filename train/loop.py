@@ -271,7 +271,7 @@ class _Loop:
 
     def _warn(self, step: int, values: dict[str, float]) -> None:
         """Says once what the method sees going wrong."""
-        warning = self._method.monitor and self._method.monitor(values)
+        warning = self._method.monitor and self._method.monitor({"step": step, **values})
         kind = warning and warning.split(":")[0]  # the numbers behind it are others at every step
         if kind and kind not in self._warnings:
             self._warnings.add(kind)
@@ -291,7 +291,9 @@ class _Loop:
         for batch in self._held_out:
             total.add(step, self._eval_step(state, self._extra, batch, self._key))
         total.drain()
-        self._writer.write(step, total.read() | self._elapsed())
+        values = total.read()
+        self._writer.write(step, values | self._elapsed())
+        self._warn(step, values)
 
     def _profile(self, step: int, state: TrainState) -> None:
         train = self._config.train

@@ -22,11 +22,13 @@ def plan(config: RunConfig) -> dict[str, RunConfig]:
 
     Raises ValueError where the run would be its own baseline.
     """
-    baseline = registry.entry(config.method).baseline
-    if config.compare and config.method == baseline:
-        raise ValueError(
-            f"compare=true adds the baseline {baseline}, which this run is itself; leave it out"
-        )
+    if config.compare:
+        other = registry.baseline(config.method, config.model, config.method_config)
+        if other == (config.method, config.model, config.method_config):
+            raise ValueError(
+                f"compare=true adds the baseline {other.method}, which this run is itself; leave "
+                "it out"
+            )
     runs = {**prerequisites(config), config.method: config}
     return {**runs, "baseline": baseline_of(config)} if config.compare else runs
 
@@ -65,23 +67,14 @@ def prerequisites(config: RunConfig) -> dict[str, RunConfig]:
 
 
 def baseline_of(config: RunConfig) -> RunConfig:
-    """The method's baseline on the same model, data, seed and budget.
-
-    Fields of the method's configuration that the baseline's has too keep their values.
-    """
-    baseline = registry.entry(config.method).baseline
-    config_class = registry.config_class(baseline)
-    names = {field.name for field in dataclasses.fields(config_class)}
-    shared = {
-        field.name: getattr(config.method_config, field.name)
-        for field in dataclasses.fields(config.method_config)
-        if field.name in names
-    }
+    """The method's baseline on the same data, seed and budget; see `registry.baseline`."""
+    baseline = registry.baseline(config.method, config.model, config.method_config)
     return dataclasses.replace(
         config,
-        method=baseline,
+        method=baseline.method,
         preset="",
-        method_config=config_class(**shared),
+        model=baseline.model,
+        method_config=baseline.config,
         compare=False,
         checkpoint=dataclasses.replace(config.checkpoint, restore_from=None),
         workdir=str(epath.Path(config.workdir) / "baseline"),

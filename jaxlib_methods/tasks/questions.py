@@ -167,7 +167,7 @@ class QuestionDataset:
         per_bucket: int = 500,
         seed: int = 0,
     ) -> None:
-        """num_train: questions that are repeated, 0 for always new ones."""
+        """num_train: questions of an epoch, each in an order of its own; 0 for always new ones."""
         if not difficulties:
             raise ValueError("difficulties is empty; name at least one")
         if per_bucket < 1 or num_train < 0:
@@ -188,6 +188,11 @@ class QuestionDataset:
         self._buckets = [(self._bucket(difficulty), []) for difficulty in self._difficulties]
         self._stored: Graphs | Sentences | None = None
         self._is_stored = np.zeros(self._num_stored, bool)
+        self._order = None
+        if split == "train" and num_train:
+            import grain  # here, so that drawing questions needs numpy alone
+
+            self._order = grain.MapDataset.range(num_train).seed(seed).shuffle().repeat()
         every = per_bucket if split == "validation" else 2
         for number in range(len(self._difficulties)):  # refuses now what no index could give
             self.example(number * every)
@@ -216,8 +221,8 @@ class QuestionDataset:
         numbers = np.asarray(indices, np.int64)
         if not self._num_stored:
             return self._task.batch([self.example(number) for number in numbers])
-        if self._split == "train":
-            numbers = numbers % self._num_stored
+        if self._order is not None:
+            numbers = np.array([self._order[int(number)] for number in numbers], np.int64)
         where = numbers < self._num_stored
         numbers = np.minimum(numbers, self._num_stored - 1)
         stored = self._store(numbers[~self._is_stored[numbers]])

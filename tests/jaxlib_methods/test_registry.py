@@ -96,7 +96,7 @@ def test_energy_trains_another_model_whose_parameters_are_all_needed():
         "step_size", "step_unit",
     }  # fmt: skip
     assert method.flops_per_token > 0
-    assert registry.entry("energy").baseline == "next_token"
+    assert registry.baseline("energy", CONTEXT.model, config).method == "next_token"
 
 
 def test_the_model_of_other_methods_is_the_transformer():

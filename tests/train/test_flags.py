@@ -182,8 +182,8 @@ PRESET = "--preset=transformer_tiny"
         (["--flagfile=/absent"], "Unable to open flagfile: [Errno 2] No such file or directory"),
         (["next_token"], "unexpected argument 'next_token'; flags are written --name=value"),
         ([], "nothing to run: give --preset (one of transformer_tiny, late_to_early_tiny, "),
-        (["--preset=tiny"], "unknown preset 'tiny'; choose one of ['energy_image_tiny', "),
-        (["--method=sgd"], "unknown method 'sgd'; choose one of ['diffusion_image', 'energy', "),
+        (["--preset=tiny"], "unknown preset 'tiny'; choose one of ['depth_recurrence_3p5b', "),
+        (["--method=sgd"], "unknown method 'sgd'; choose one of ['depth_recurrence', "),
         (
             [PRESET, "--late_to_early.weight=0.5"],
             "--late_to_early.weight=0.5 belongs to the method late_to_early, but this run's method "

@@ -70,7 +70,7 @@ def test_needs_are_what_is_missing(name: str):
 
 
 def test_unknown_preset_names_the_known():
-    with pytest.raises(ValueError, match=r"unknown preset 'tiny'; choose one of \['energy_"):
+    with pytest.raises(ValueError, match=r"unknown preset 'tiny'; choose one of \['depth_"):
         presets.get("tiny")
 
 
