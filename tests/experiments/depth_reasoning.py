@@ -1,0 +1,195 @@
+"""Experiments D1 to D6 on depth-recurrent reasoning, at a size that two CPU cores manage.
+
+    python tests/experiments/depth_reasoning.py --workdir=runs/depth_experiments
+
+Every run is the library's own trainer on its own questions; arms differ in the fields named here
+and are paired by seed: the same questions. One process per core; a run that is finished is not
+trained again, so that the command may be interrupted. Prints Markdown tables; the heat map of a
+run is drawn by `python -m jaxlib_methods.infer --mode=think --workdir=RUN --output=a.json`.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from statistics import mean, stdev
+from typing import Any
+
+import pool
+from absl import app, flags
+
+_WORKDIR = flags.DEFINE_string("workdir", "runs/depth_experiments", "Where the runs are kept.")
+_ONLY = flags.DEFINE_list("only", [], "Names of tables; empty: all.")
+_WORKERS = flags.DEFINE_integer("workers", os.cpu_count() or 1, "Processes, one core each.")
+
+SEEDS = (0, 1, 2)
+
+# Arms on the small graphs: preset depth_recurrence_reachability_tiny with other fields.
+SMALL: dict[str, dict[str, Any]] = {
+    "gated": {},
+    "tied": {"recurrence": "tied"},
+    "untied": {"recurrence": "untied"},
+    "untied_narrow": {"recurrence": "untied", "embed_dim": 28, "num_heads": 2, "mlp_dim": 56},
+    "fixed": {"min_steps": 5},
+    "bias_0": {"gate_bias": 0.0},
+    "layer_scale": {"layer_scale": 1e-4},
+    "intermediate": {"objective": "intermediate"},
+    "iterative": {"objective": "iterative"},
+    "matched": {"matched": True},
+    "matched_tied": {"matched": True, "recurrence": "tied"},
+    "matched_intermediate": {"matched": True, "objective": "intermediate"},
+    "matched_iterative": {"matched": True, "objective": "iterative"},
+    "long": {"min_steps": 20, "max_steps": 23},
+    "long_tied": {"min_steps": 20, "max_steps": 23, "recurrence": "tied"},
+}
+# The paper's graphs and widths, with a fraction of its 7480 steps.
+PAPER: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "paper_intermediate": {"objective": "intermediate"},
+    "paper_tied": {"recurrence": "tied"},
+}
+# The paper's other two tasks, with a narrower block, shorter sentences and fewer steps.
+WORDS: dict[str, dict[str, Any]] = {
+    f"{task}_{recurrence}": {"task": task, "recurrence": recurrence}
+    for task in ("logic", "kinship")
+    for recurrence in ("gated", "tied", "untied")
+}
+
+
+def _small(fields: dict[str, Any]) -> Any:
+    return _with("depth_recurrence_reachability_tiny", fields)
+
+
+def _paper(fields: dict[str, Any]) -> Any:
+    config = _with("depth_recurrence_reachability", fields)
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2000))
+
+
+def _words(fields: dict[str, Any]) -> Any:
+    sizes: dict[str, dict[str, Any]] = {
+        "logic": {"min_steps": 2, "max_steps": 8, "most_steps": 16, "hardest": 4,
+                  "eval_difficulties": (1, 2, 3, 4, 5, 6), "num_train": 0, "max_length": 64},
+        "kinship": {"min_steps": 1, "max_steps": 8, "most_steps": 16, "hardest": 4,
+                    "eval_difficulties": (2, 3, 4, 5, 6), "num_train": 0, "max_length": 96},
+    }  # fmt: skip
+    common = {"dropout": 0.0, "per_bucket": 500}
+    config = _with(f"depth_recurrence_{fields['task']}", sizes[fields["task"]] | common | fields)
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, embed_dim=64, num_heads=4, mlp_dim=128),
+        data=dataclasses.replace(config.data, batch_size=64),
+        train=dataclasses.replace(config.train, num_steps=3000),
+        optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3),
+    )
+
+
+def _with(preset: str, fields: dict[str, Any]) -> Any:
+    from jaxlib_methods.train import presets
+
+    config = presets.get(preset)
+    own = {field.name for field in dataclasses.fields(config.method_config)}
+    method = {name: value for name, value in fields.items() if name in own}
+    model = {name: value for name, value in fields.items() if name not in own}
+    return dataclasses.replace(
+        config,
+        method_config=dataclasses.replace(config.method_config, **method),
+        model=dataclasses.replace(config.model, **model),
+    )
+
+
+TABLES = {"small": (SMALL, _small), "paper": (PAPER, _paper), "words": (WORDS, _words)}
+
+
+def configs(table: str, root: pathlib.Path) -> list[Any]:
+    """The runs of a table, arm by arm."""
+    arms, make = TABLES[table]
+    found = []
+    for seed in SEEDS:  # a first look at every arm before the second seed of any
+        for name, fields in arms.items():
+            config = make(fields)
+            found.append(
+                dataclasses.replace(
+                    config,
+                    workdir=str(root / name / f"seed{seed}"),
+                    seed=seed,
+                    train=dataclasses.replace(
+                        config.train, eval_every=config.train.num_steps // 4, log_every=50
+                    ),
+                    checkpoint=dataclasses.replace(config.checkpoint, every=0),
+                )
+            )
+    return found
+
+
+def grid(folder: pathlib.Path) -> dict[int, list[float]]:
+    """Difficulty -> accuracy after 1, 2, ... steps, of a finished run; kept beside it."""
+    kept = folder / "grid.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(_measure(folder)))
+    return {int(k): v for k, v in json.loads(kept.read_text()).items()}
+
+
+def _measure(folder: pathlib.Path) -> dict[int, list[float]]:
+    import jax
+    import numpy as np
+
+    from jaxlib_methods import depth_reasoning
+    from jaxlib_methods.infer import restore
+    from jaxlib_methods.models import partitioning
+
+    restored = restore.restore(str(folder), mesh=partitioning.make_mesh())
+    assert restored.config is not None
+    questions = restored.config.method_config.resolved()
+    model = questions.model(restored.config.model)
+    data = questions.dataset("validation")
+
+    @jax.jit
+    def right(batch: Any) -> Any:
+        path = depth_reasoning.trajectory(questions, model, restored.params, batch)
+        return depth_reasoning.correct(path.logits, batch.label)
+
+    found = np.zeros((questions.most_steps, 0))
+    size = 100
+    for begin in range(0, data.num_examples, size):
+        rows = data.rows(range(begin, begin + size))
+        found = np.concatenate([found, np.asarray(right(rows))[:, rows.where]], axis=1)
+    buckets = np.split(found, len(questions.values.eval_difficulties), axis=1)
+    names = questions.values.eval_difficulties
+    return {k: b.mean(axis=1).tolist() for k, b in zip(names, buckets, strict=True)}
+
+
+def spread(values: list[float]) -> str:
+    """Mean and deviation over seeds."""
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def show(table: str, root: pathlib.Path) -> None:
+    """Accuracy of each arm by difficulty at chosen numbers of steps."""
+    for name in TABLES[table][0]:
+        done = [root / name / f"seed{seed}" for seed in SEEDS]
+        grids = [grid(folder) for folder in done if (folder / "metrics.jsonl").exists()]
+        if not grids:
+            continue
+        depth = len(next(iter(grids[0].values())))
+        shown = [t for t in (1, 2, 3, 4, 5, 8, 12, 15, 20, 24) if t <= depth]
+        print(f"\n### {name}, {len(grids)} seeds\n")
+        print(f"| difficulty | {' | '.join(f'{t} steps' for t in shown)} |")
+        print("|" + "---|" * (len(shown) + 1))
+        for k in grids[0]:
+            cells = [spread([found[k][t - 1] for found in grids]) for t in shown]
+            print(f"| {k} | {' | '.join(cells)} |")
+
+
+def main(argv: list[str]) -> None:
+    """Trains what is missing and prints the tables."""
+    del argv
+    root = pathlib.Path(_WORKDIR.value).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    for table in _ONLY.value or TABLES:
+        pool.train_all(configs(table, root), root, workers=_WORKERS.value)
+    for table in _ONLY.value or TABLES:
+        show(table, root)
+
+
+if __name__ == "__main__":
+    app.run(main)
