@@ -1,4 +1,4 @@
-"""Hugging Face weights in and out: safetensors and config.json <-> `Transformer` parameters.
+"""Hugging Face weights in and out: safetensors and config.json <-> parameters of a language model.
 
     cfg = config_from_huggingface(json.loads((folder / "config.json").read_text()))
     params = load_params(folder, cfg, shardings=shardings)
@@ -31,8 +31,9 @@ from jaxlib_methods.models.huggingface_config import (
     family_of,
 )
 from jaxlib_methods.models.huggingface_layout import Placement, is_ignorable, join, placements
+from jaxlib_methods.models.huggingface_recurrent import buffers
+from jaxlib_methods.models.language_model import init_params
 from jaxlib_methods.models.partitioning import unbox
-from jaxlib_methods.models.transformer import init_params
 
 __all__ = [
     "config_from_huggingface",
@@ -87,7 +88,7 @@ def load_params(
     shardings: Any = None,
     dtype: Any = None,
 ) -> dict[str, Any]:
-    """Parameters of `Transformer(cfg)` from a folder of safetensors.
+    """Parameters of `Transformer(cfg)`, or of a recurrent model, from a folder of safetensors.
 
     shardings: a tree like the parameters; each process then reads only the bytes that its own
     devices need. None gives ordinary arrays. dtype: None is `cfg.param_dtype`. The vocabulary is
@@ -215,6 +216,7 @@ def save_params(
 ) -> None:
     """Writes safetensors and config.json that transformers loads; the vocabulary is unpadded.
 
+    A recurrent model is loaded by the code that lies beside the published one (Huginn-0125).
     Every process calls it with its part of the parameters; they are gathered one tensor at a
     time and process 0 writes. The folder appears whole or not at all. `extra_config` goes into
     config.json, for what a `TransformerConfig` does not know (`eos_token_id`).
@@ -232,15 +234,17 @@ def save_params(
         raise FileExistsError(f"{folder} already exists; give a new or an empty folder")
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
     shards = _shards(_sources(found), leaves, max_shard_bytes)
+    constant = buffers(cfg) if cfg.recurrence else {}
     try:
         if writes:
             partial.mkdir(parents=True)
             _write_json(partial / "config.json", config_json)
             if len(shards) > 1:
-                _write_json(partial / INDEX_FILE, _index(shards, leaves))
+                _write_json(partial / INDEX_FILE, _index(shards, leaves, constant))
         for file, sources in shards.items():
             tensors = dict(_gather(sources, leaves, keep=writes))
             if writes:
+                tensors |= constant if file == next(iter(shards)) else {}
                 path = partial / file
                 _safetensors().numpy.save_file(tensors, path, metadata={"format": "pt"})
         if writes:
@@ -288,10 +292,14 @@ def _shards(
 
 
 def _index(
-    shards: Mapping[str, dict[str, list[_Source]]], leaves: Mapping[str, Any]
+    shards: Mapping[str, dict[str, list[_Source]]],
+    leaves: Mapping[str, Any],
+    constant: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     total = sum(_num_bytes(parts, leaves) for s in shards.values() for parts in s.values())
     weight_map = {name: file for file, sources in shards.items() for name in sources}
+    weight_map |= dict.fromkeys(constant, next(iter(shards)))
+    total += sum(array.nbytes for array in constant.values())
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 

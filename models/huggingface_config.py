@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlib_methods.models import huggingface_recurrent
 from jaxlib_methods.models.config import TransformerConfig
 
 _SWIGLU = {"silu": "swiglu", "swish": "swiglu"}
@@ -34,7 +35,9 @@ class Family:
 
     fixed: our fields that every member shares. switches: key -> (value where the key is absent,
     our fields that follow it). only: key -> the values that our trunk can run, the usual one
-    first. `has_head_keys`: grouped keys and a free head size can be written.
+    first. `has_head_keys`: grouped keys and a free head size can be written. `recurrent`: its
+    members are recurrent in depth, all of them; those of the others are not. size_keys: where
+    `sizes` differ from the usual.
     """
 
     model_type: str
@@ -51,7 +54,10 @@ class Family:
     default_head_dim: int | None = None
     rope_theta_key: str = "rope_theta"
     rope_fraction_key: str = "partial_rotary_factor"
+    default_rope_theta: float = 10_000.0
     default_rope_fraction: float = 1.0
+    recurrent: bool = False
+    size_keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
     only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     @property
@@ -64,16 +70,19 @@ class Family:
             "num_heads": "num_attention_heads",
             "mlp_dim": self.mlp_dim_key,
             "max_length": "max_position_embeddings",
+            **self.size_keys,
         }
 
 
-_LLAMA_LIKE = {
+_PLAIN_BLOCK = {"block": "pre_norm", "qk_bias": False}
+_RMS_ROTARY = {
     "norm": "rms_norm",
     "positions": "rotary",
     "learned_position_offset": 0,
     "rotary_fraction": 1.0,
     "parallel_residual": False,
 }
+_LLAMA_LIKE = _PLAIN_BLOCK | _RMS_ROTARY
 _ATTENTION_BIAS = ("qkv_bias", "output_bias")
 
 FAMILIES: dict[str, Family] = {
@@ -110,7 +119,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="gpt_neox",
             architecture="GPTNeoXForCausalLM",
-            fixed={
+            fixed=_PLAIN_BLOCK
+            | {
                 "norm": "layer_norm",
                 "positions": "rotary",
                 "learned_position_offset": 0,
@@ -134,7 +144,8 @@ FAMILIES: dict[str, Family] = {
         Family(
             model_type="opt",
             architecture="OPTForCausalLM",
-            fixed={
+            fixed=_PLAIN_BLOCK
+            | {
                 "norm": "layer_norm",
                 "norm_eps": 1e-5,
                 "positions": "learned",
@@ -156,6 +167,52 @@ FAMILIES: dict[str, Family] = {
                 "do_layer_norm_before": (True,),
                 "_remove_final_layer_norm": (False,),
                 "layer_norm_elementwise_affine": (True,),
+            },
+        ),
+        Family(
+            model_type="huginn_raven",
+            architecture="RavenForCausalLM",
+            recurrent=True,
+            fixed=_RMS_ROTARY
+            | {
+                "block": "sandwich",
+                "injection": "linear",
+                "rope_scaling": "none",
+                "qkv_bias": False,
+                "output_bias": False,
+                "mlp_bias": False,
+                "qk_norm": False,
+            },
+            switches={
+                "tie_embeddings": (True, ("tie_embeddings",)),
+                "qk_bias": (True, ("qk_bias",)),
+            },
+            size_keys={
+                "num_layers": "n_layers",
+                "embed_dim": "n_embd",
+                "num_heads": "n_heads",
+                "max_length": "block_size",
+                "prelude_layers": "n_layers_in_prelude",
+                "coda_layers": "n_layers_in_coda",
+                "recurrence": "mean_recurrence",
+                "backprop_steps": "mean_backprop_depth",
+            },
+            activation_key="nonlin_name",
+            activations={"SiLU": "swiglu"},
+            default_activation="SiLU",
+            norm_eps_key="norm_eps",
+            has_head_keys=False,
+            rope_theta_key="rope_base",
+            default_rope_theta=50_000.0,
+            only={
+                "architecture_class_name": ("RecurrentGPT",),
+                "block_class_name": ("SandwichBlock",),
+                "norm_class_name": ("RMSNorm_llama",),
+                "mlp_class_name": ("GatedMLP",),
+                "injection_type": ("linear",),
+                "state_init": ("like-init",),
+                "bias": (False,),
+                "test_time_noise": (0,),
             },
         ),
     )
@@ -191,6 +248,12 @@ def config_from_huggingface(config_json: Mapping[str, Any], **overrides: Any) ->
     values |= _heads(config_json, family)
     if values["positions"] == "rotary":
         values |= _rope_from(config_json, family)
+    if family.recurrent:
+        values["kernel_init"] = "takase"
+        wrong = huggingface_recurrent.disagreement(config_json, TransformerConfig(**values))
+        if wrong is not None:
+            key, value, wanted = wrong
+            raise _refuse(key, value, f"it must be {wanted}")
     return TransformerConfig(**(values | overrides))
 
 
@@ -243,7 +306,10 @@ def _rope_from(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]
     kind = "none" if written == "default" else written
     if kind not in _ROPE:
         raise _refuse("rope_type", kind, "choose from ['default', 'linear', 'llama3']")
-    theta = config_json.get(family.rope_theta_key, config_json.get("rope_theta", 10_000.0))
+    if kind != family.fixed.get("rope_scaling", kind):
+        raise _refuse("rope_type", kind, f"{family.model_type} must have 'default'")
+    default = family.default_rope_theta
+    theta = config_json.get(family.rope_theta_key, config_json.get("rope_theta", default))
     fraction = config_json.get(family.rope_fraction_key, family.default_rope_fraction)
     fraction = rope.get("partial_rotary_factor", fraction)
     if fraction != family.fixed.get("rotary_fraction", fraction):
@@ -260,6 +326,8 @@ def _rope_from(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]
 
 def _why_not(cfg: TransformerConfig, family: Family) -> str | None:
     """Why the family cannot express the configuration, or None where it can."""
+    if bool(cfg.recurrence) != family.recurrent:
+        return f"recurrence {cfg.recurrence} must be {'above 0' if family.recurrent else '0'}"
     for field, value in family.fixed.items():
         if getattr(cfg, field) != value:
             return f"{field} {getattr(cfg, field)!r} must be {value!r}"
@@ -312,6 +380,9 @@ def config_to_huggingface(cfg: TransformerConfig, *, family: str | None = None) 
     }
     out |= {key: getattr(cfg, ours) for ours, key in found.sizes.items()}
     out[found.mlp_dim_key] = cfg.mlp_size
+    if found.recurrent:
+        out |= {found.sizes["backprop_steps"]: cfg.trained_steps}
+        out |= huggingface_recurrent.written_keys(cfg)
     out |= {key: getattr(cfg, fields[0]) for key, (_, fields) in found.switches.items()}
     out |= {key: possible[0] for key, possible in found.only.items()}
     if found.norm_eps_key:
@@ -319,7 +390,9 @@ def config_to_huggingface(cfg: TransformerConfig, *, family: str | None = None) 
     if found.has_head_keys:
         out |= {"num_key_value_heads": cfg.kv_heads, "head_dim": cfg.head_size}
     if cfg.positions == "rotary":
-        out |= {found.rope_theta_key: cfg.rope_theta, "rope_scaling": _rope_to(cfg)}
+        out[found.rope_theta_key] = cfg.rope_theta
+    if cfg.positions == "rotary" and "rope_scaling" not in found.fixed:
+        out["rope_scaling"] = _rope_to(cfg)
     if cfg.positions == "rotary" and "rotary_fraction" not in found.fixed:
         out[found.rope_fraction_key] = cfg.rotary_fraction
     return out

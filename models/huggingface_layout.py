@@ -2,10 +2,11 @@
 
 An entry maps our path to a tensor's name and to a layout written as in einops, file first:
 `(H d) D -> D H d` says that the file's rows are heads times head features and ours are split.
-A digit is a place on a fused axis of three: GPT-NeoX interleaves query, key and value per head.
+`1/3` is place 1 on a fused axis of three: GPT-NeoX interleaves query, key and value per head.
 `*` in a name is the layer, which is the leading axis of our leaf.
 
-Axis key: V vocabulary, P positions, D width, H heads, d head size, F hidden.
+Axis key: V vocabulary, P positions, D width, H heads, d head size, F hidden, r head size where the
+file rotates the pairs (2j, 2j + 1) and we rotate (j, j + d/2).
 """
 
 import dataclasses
@@ -18,8 +19,6 @@ from typing import Any
 import numpy as np
 
 from jaxlib_methods.models.config import TransformerConfig
-
-FUSED = 3  # query, key and value
 
 Table = Mapping[str, tuple[str, str]]
 
@@ -38,8 +37,8 @@ def _split(path: str, name: str) -> Table:
 
 def _fused(path: str, name: str, part: int) -> Table:
     return {
-        f"{path}/kernel": (f"{name}.weight", f"(H {part} d) D -> D H d"),
-        f"{path}/bias": (f"{name}.bias", f"(H {part} d) -> H d"),
+        f"{path}/kernel": (f"{name}.weight", f"(H {part}/3 d) D -> D H d"),
+        f"{path}/bias": (f"{name}.bias", f"(H {part}/3 d) -> H d"),
     }
 
 
@@ -104,22 +103,65 @@ _OPT: Table = {
     **_dense("blocks/mlp/down", "model.decoder.layers.*.fc2"),
 }
 
+
+def _sandwich(path: str, name: str) -> Table:
+    """The blocks of a recurrent-depth checkpoint."""
+    attention, mlp = f"{path}/attention", f"{path}/mlp"
+    return {
+        **_norm(f"{path}/attention_norm", f"{name}.norm_1"),
+        **_norm(f"{path}/attention_post_norm", f"{name}.norm_2"),
+        **_norm(f"{path}/mlp_norm", f"{name}.norm_3"),
+        **_norm(f"{path}/mlp_post_norm", f"{name}.norm_4"),
+        f"{attention}/query/kernel": (f"{name}.attn.Wqkv.weight", "(0/3 H r) D -> D H r"),
+        f"{attention}/key/kernel": (f"{name}.attn.Wqkv.weight", "(1/3 H r) D -> D H r"),
+        f"{attention}/value/kernel": (f"{name}.attn.Wqkv.weight", "(2/3 H d) D -> D H d"),
+        f"{attention}/query_bias": (f"{name}.attn.qk_bias", "0/2 0/1 H r -> H r"),
+        f"{attention}/key_bias": (f"{name}.attn.qk_bias", "1/2 0/1 H r -> H r"),
+        **_merge(f"{attention}/output", f"{name}.attn.proj"),
+        f"{mlp}/gate/kernel": (f"{name}.mlp.fc.weight", "(0/2 F) D -> D F"),
+        f"{mlp}/up/kernel": (f"{name}.mlp.fc.weight", "(1/2 F) D -> D F"),
+        **_dense(f"{mlp}/down", f"{name}.mlp.proj"),
+    }
+
+
+_HUGINN: Table = {
+    "embedding/table": ("transformer.wte.weight", "V D"),
+    "head/kernel": ("lm_head.weight", "V D -> D V"),
+    **_norm("final_norm", "transformer.ln_f"),
+    **_dense("adapter", "transformer.adapter"),
+    **_sandwich("prelude/blocks", "transformer.prelude.*"),
+    **_sandwich("core/blocks", "transformer.core_block.*"),
+    **_sandwich("coda/blocks", "transformer.coda.*"),
+}
+
 TABLES: Mapping[str, Table] = {
     "llama": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
     "gpt_neox": _GPT_NEOX,
     "opt": _OPT,
+    "huginn_raven": _HUGINN,
 }
 
 # Buffers that older checkpoints carry: recomputed, never weights.
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$")
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.attention\.(masked_)?bias$|^freqs_cis$")
 _HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def is_ignorable(name: str, cfg: TransformerConfig) -> bool:
     """Whether a tensor of a checkpoint may be left unread."""
     return bool(_BUFFERS.search(name)) or (cfg.tie_embeddings and name in _HEADS)
+
+
+def _place(axis: str) -> tuple[int, int] | None:
+    """Place and size of a fused axis; None for an axis of ours."""
+    place, _, size = axis.partition("/")
+    return (int(place), int(size)) if size else None
+
+
+def _pairs(size: int) -> np.ndarray:
+    """Where our features of a head lie in a file that rotates adjacent pairs."""
+    return np.arange(size).reshape(-1, 2).T.ravel()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,9 +184,10 @@ class Placement:
         return range(self.shape[0]) if "*" in self.name else [None]
 
     @property
-    def part(self) -> int | None:
-        """Place on the fused axis, or None."""
-        return next((int(a) for group in self.source for a in group if a.isdigit()), None)
+    def part(self) -> str | None:
+        """The place on an axis that other parameters share, or None."""
+        shared = (a for group in self.source for a in group if (_place(a) or (0, 1))[1] > 1)
+        return next(shared, None)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -161,7 +204,8 @@ class Placement:
         return tuple(math.prod(map(self._size, group)) for group in self.source)
 
     def _size(self, axis: str) -> int:
-        return FUSED if axis.isdigit() else self.sizes[axis]
+        place = _place(axis)
+        return self.sizes[axis] if place is None else place[1]
 
     def file_name(self, layer: int | None) -> str:
         """Name of the tensor that holds this layer."""
@@ -191,24 +235,47 @@ class Placement:
         }
         if any(start >= stop for start, stop in wanted.values()):
             return  # nothing but padding
-        ranges, view, picks = [], [], []
-        for lead, *rest in self.source:
-            start, stop = wanted[lead]
-            inner = [self._size(axis) for axis in rest]
-            ranges.append(slice(start * math.prod(inner), stop * math.prod(inner)))
-            view += [stop - start, *inner]
-            picks += [slice(None), *(int(a) if a.isdigit() else slice(*wanted[a]) for a in rest)]
-        block = np.asarray(tensor[tuple(ranges)]).reshape(view)[tuple(picks)]
+        # The file's pairs are not ours: a part of them lies all over the file's.
+        read = wanted | ({"r": (0, sizes["r"])} if "r" in sizes else {})
+        cuts = [self._cut(group, read) for group in self.source]
+        view = [size for _, shape, _ in cuts for size in shape]
+        picks = [pick for _, _, picked in cuts for pick in picked]
+        block = np.asarray(tensor[tuple(rows for rows, _, _ in cuts)])
+        block = block.reshape(view)[tuple(picks)]
         block = block.transpose([self._axes.index(axis) for axis in self.target])
+        if "r" in sizes:
+            order = _pairs(sizes["r"])[slice(*wanted["r"])]
+            block = block.take(order, axis=self.target.index("r"))
         out[tuple(slice(n) for n in block.shape)] = block
+
+    def _cut(
+        self, group: Sequence[str], wanted: Mapping[str, tuple[int, int]]
+    ) -> tuple[slice, list[int], list[Any]]:
+        """What to read of an axis of the file, the axes in it, and what to pick of each."""
+        stride = math.prod(map(self._size, group))
+        begin, view, picks, contiguous = 0, [], [], True
+        for axis in group:
+            place, size = _place(axis), self._size(axis)
+            stride //= size
+            start, stop = wanted[axis] if place is None else (place[0], place[0] + 1)
+            if contiguous:  # all before it are one index
+                begin += start * stride
+                size, start, stop = stop - start, 0, stop - start
+                contiguous = size == 1
+            view.append(size)
+            picks.append(slice(start, stop) if place is None else start)
+        return slice(begin, begin + math.prod(view)), view, picks
 
     @functools.cached_property
     def _axes(self) -> list[str]:
-        return [axis for group in self.source for axis in group if not axis.isdigit()]
+        return [axis for group in self.source for axis in group if _place(axis) is None]
 
     def block(self, ours: np.ndarray) -> np.ndarray:
         """One layer of ours, without padding, with its axes in the file's order."""
         ours = ours[tuple(slice(self.sizes[axis]) for axis in self.target)]
+        if "r" in self.target:
+            axis = self.target.index("r")
+            ours = ours.take(np.argsort(_pairs(ours.shape[axis])), axis=axis)
         return ours.transpose([self.target.index(axis) for axis in self._axes])
 
 
@@ -217,10 +284,9 @@ def join(parts: Sequence[Placement], blocks: Sequence[np.ndarray]) -> np.ndarray
     first = parts[0]
     tensor = blocks[0]
     if first.part is not None:
-        flat = [axis for group in first.source for axis in group]
-        by_part = {p.part: block for p, block in zip(parts, blocks, strict=True)}
-        ordered = [by_part[part] for part in range(FUSED)]
-        tensor = np.stack(ordered, flat.index(str(first.part)))
+        flat = [a for group in first.source for a in group if _place(a) != (0, 1)]
+        in_order = sorted(zip(parts, blocks, strict=True), key=lambda pair: str(pair[0].part))
+        tensor = np.stack([block for _, block in in_order], flat.index(first.part))
     # safetensors writes the buffer as it lies and does not look at strides.
     return np.ascontiguousarray(tensor.reshape(first.file_shape))
 
