@@ -226,6 +226,13 @@ def trajectory(contraction: Any) -> Trajectory:
     return Trajectory(contraction)
 
 
+def test_the_model_contracts(trajectory: Trajectory):
+    """Each iteration shortens the next, so that there is one limit."""
+    for row in range(2):
+        changes = [trajectory.change("latent", at - 1, at, row) for at in range(2, 9)]
+        assert (np.array(changes[1:]) < 0.8 * np.array(changes[:-1])).all()
+
+
 @pytest.mark.parametrize(
     ("kind", "tolerance", "min_steps", "check_every", "expected"),
     [
