@@ -183,8 +183,7 @@ def _round(model: RecurrentModel, params: Any, state: WaveState, draws: Draws) -
     # What row j of the wave predicts is token j + 1 of the wave.
     index = positions - state.first[:, None]
     drawn = draw(draws, logits, index + 1)
-    settled = _settled(model, state.wave, wave, drawn) & running
-    passed = jnp.maximum(jnp.cumprod(settled, axis=1).sum(axis=1) - 1, 0)
+    passed = count_final(model, state.wave, wave, drawn, running=running)
     at = jnp.where(running & (index >= 0), index, T)
     rows = jnp.arange(B)[:, None]
     return WaveState(
@@ -262,13 +261,22 @@ def _blur(model: RecurrentModel, wave: Wave, positions: jax.Array, rounds: jax.A
     return (1 - weight) * wave.state + weight * jax.vmap(of_row)(positions, rounds)
 
 
-def _settled(model: RecurrentModel, before: Wave, after: Wave, drawn: jax.Array) -> jax.Array:
-    """Which tokens could be final, bool `[B, W]`, if those before them are."""
+def count_final(
+    model: RecurrentModel, before: Wave, after: Wave, drawn: jax.Array, *, running: jax.Array
+) -> jax.Array:
+    """How many drafts of a wave become final in a round, int32 `[B]`: those before the first that
+    does not.
+
+    before, after: the wave at the ends of the last and this round. drawn: int32 `[B, W]`, the token
+    after each. running: bool `[B, W]`, where the wave has a token.
+    """
     small = relative_change(before.state, after.state) < model.depth.freeze_tolerance
     small |= _exhausted(model, after)
+    # A token is what the one before it predicts still; the first of the wave is final.
     same = after.tokens[:, 1:] == drawn[:, :-1]
     same = jnp.concatenate([jnp.ones_like(same[:, :1]), same], axis=1)
-    return small & same & (before.steps > 0)
+    settled = small & same & (before.steps > 0) & running
+    return jnp.maximum(jnp.cumprod(settled, axis=1).sum(axis=1) - 1, 0)
 
 
 def _move(

@@ -1,6 +1,8 @@
 """A small recurrent-depth model whose core contracts, as that of a trained one does."""
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,12 @@ import numpy as np
 import pytest
 from flax.core import meta
 
-from jaxlib_methods.models import recurrent_depth
+from jaxlib_methods.depth_language import RecurrentModel
+from jaxlib_methods.depth_sampling import Draws
+from jaxlib_methods.models import decoding, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Contraction(NamedTuple):
@@ -23,7 +29,7 @@ class Contraction(NamedTuple):
 
 @pytest.fixture(scope="session")
 def contraction() -> Contraction:
-    """Each iteration takes about half of the distance of two states."""
+    """Each iteration takes half or so of the distance between two states."""
     cfg = TransformerConfig(
         vocab_size=13,
         num_layers=3,
@@ -51,3 +57,43 @@ def contraction() -> Contraction:
     return Contraction(
         cfg, params, jnp.array([[0, 0, 5, 7, 2], [3, 1, 4, 1, 12]]), jnp.array([3, 5])
     )
+
+
+@functools.partial(
+    jax.jit, static_argnums=0, static_argnames="max_new_tokens", compiler_options=QUICK
+)
+def _continue(
+    model: RecurrentModel,
+    params: Any,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    draws: Draws,
+    *,
+    max_new_tokens: int,
+) -> jax.Array:
+    slots = tokens.shape[1] + max_new_tokens - 1
+    cache: Any = model.init_cache(params, batch_size=len(tokens), length=slots)
+    return decoding.generate(
+        model,
+        params,
+        tokens,
+        lengths,
+        cache=cache,
+        max_new_tokens=max_new_tokens,
+        sampling=draws.sampling,
+        key=draws.key,
+        stop_tokens=draws.stop_tokens,
+    )[0]
+
+
+@pytest.fixture(scope="session")
+def one_by_one(
+    contraction: Contraction,
+) -> Callable[[RecurrentModel, Draws, int], np.ndarray]:
+    """What `decoding` writes after the prompts: each token after the one before it."""
+
+    def write(model: RecurrentModel, draws: Draws, max_new_tokens: int) -> np.ndarray:
+        _, *arguments = contraction
+        return np.asarray(_continue(model, *arguments, draws, max_new_tokens=max_new_tokens))
+
+    return write

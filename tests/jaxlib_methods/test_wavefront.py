@@ -10,9 +10,8 @@ from jaxlib_methods import wavefront
 from jaxlib_methods.depth_config import DepthConfig
 from jaxlib_methods.depth_language import RecurrentModel
 from jaxlib_methods.depth_sampling import Draws, Text, append, make_draws
-from jaxlib_methods.models import decoding
 from jaxlib_methods.models.decoding import SamplingConfig
-from jaxlib_methods.wavefront import WaveState
+from jaxlib_methods.wavefront import Wave, WaveState, count_final
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NEW = 6
@@ -38,6 +37,11 @@ def advance(
     return wavefront.advance(model, params, state, draws, num_rounds=num_rounds)
 
 
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def finals(model: RecurrentModel, *arguments: Any, running: jax.Array) -> jax.Array:
+    return count_final(model, *arguments, running=running)
+
+
 def draws_of(sampling: SamplingConfig, stop: tuple[int, ...] = (-1,)) -> Draws:
     return make_draws(sampling, jax.random.key(5), stop)
 
@@ -56,32 +60,11 @@ def model_of(contraction: Any, **depth: Any) -> RecurrentModel:
     return RecurrentModel(contraction.cfg, DepthConfig(**(SETTLED | depth)))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def one_by_one(
-    model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array, draws: Draws
-) -> jax.Array:
-    cache: Any = model.init_cache(params, batch_size=len(tokens), length=tokens.shape[1] + NEW)
-    return decoding.generate(
-        model,
-        params,
-        tokens,
-        lengths,
-        cache=cache,
-        max_new_tokens=NEW,
-        sampling=draws.sampling,
-        key=draws.key,
-    )[0]
-
-
 @pytest.fixture(scope="module")
-def sequential(contraction: Any) -> dict[str, np.ndarray]:
+def sequential(contraction: Any, one_by_one: Any) -> dict[str, np.ndarray]:
     """Texts of the same model, all iterations of a token before the next token."""
-    model = model_of(contraction, sampler="sequential", num_steps=24)
-    _, *arguments = contraction
-    return {
-        name: np.asarray(one_by_one(model, *arguments, draws_of(sampling)))
-        for name, sampling in SAMPLINGS.items()
-    }
+    model = model_of(contraction, sampler="sequential")
+    return {name: one_by_one(model, draws_of(s), NEW) for name, s in SAMPLINGS.items()}
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +176,32 @@ def test_noise_average_and_warm_start_leave_a_contraction_its_text(
     np.testing.assert_array_equal(found.tokens, sequential["greedy"])
 
 
+def test_drafts_become_final_from_the_front_on(contraction: Any):
+    """By hand: five waves of four tokens, whose states move by 1 / 10 and are bounded by 1 / 5."""
+    model = model_of(contraction, freeze_tolerance=0.2)
+    tokens = jnp.tile(jnp.array([[4, 5, 6, 7]]), (5, 1))
+    zeros = jnp.zeros((5, 4), jnp.int32)
+    before = Wave(
+        tokens=tokens,
+        start=zeros[:, 0],
+        width=zeros[:, 0] + 4,
+        state=jnp.full((5, 4, 1), 9.0).at[1, 1].set(7.0),  # row 1: the first draft has moved
+        embedded=jnp.zeros((5, 4, 1)),
+        steps=(zeros + 4).at[2, 2].set(0),  # row 2: the second draft has had one round
+        steady=zeros,
+    )
+    state = jnp.full((5, 4, 1), 10.0)
+    after = before._replace(state=state, steps=before.steps + 4, steady=zeros + 4)
+    drawn = jnp.tile(jnp.array([[5, 6, 7, 8]]), (5, 1)).at[3, 0].set(12)  # row 3: another token
+    running = jnp.ones((5, 4), bool).at[4, 3].set(False)  # row 4: a wave of three tokens
+    found = finals(model, before, after, drawn, running=running)
+    assert found.tolist() == [3, 0, 1, 0, 2]
+    # Twice the model's iterations with the same tokens are enough.
+    patient = after._replace(steady=after.steady.at[1, 1].set(48))
+    found = finals(model, before, patient, drawn, running=running)
+    assert found.tolist() == [3, 3, 1, 0, 2]
+
+
 def test_what_cannot_be_is_refused(contraction: Any):
     cfg, params, prompts, lengths = contraction
     with pytest.raises(ValueError, match=r"kept_steps=8 must be 1 for tokens"):
@@ -203,12 +212,13 @@ def test_what_cannot_be_is_refused(contraction: Any):
 
 def test_append_ends_at_stop_tokens_and_at_the_end():
     text = Text(
-        jnp.array([[7, 0, 0], [7, 8, 0], [1, 0, 0], [4, 0, 0]]),
-        jnp.array([1, 2, 1, 1]),
+        jnp.array([[7, 0, 0, 0], [7, 8, 1, 0], [1, 0, 0, 0], [4, 0, 0, 0]]),
+        jnp.array([1, 3, 1, 1]),
         jnp.array([False, False, True, False]),
     )
     new = jnp.array([[5, 9, 5], [5, 6, 7], [5, 6, 7], [3, 3, 3]])
-    found = append(draws_of(GREEDY, (9,)), text, new, jnp.array([3, 2, 3, 1]))
-    assert found.tokens.tolist() == [[7, 5, 9], [7, 8, 5], [1, 0, 0], [4, 3, 0]]
-    assert found.lengths.tolist() == [3, 3, 1, 2]
+    quick = jax.jit(append, compiler_options=QUICK)
+    found = quick(draws_of(GREEDY, (9,)), text, new, jnp.array([3, 2, 3, 1]))
+    assert found.tokens.tolist() == [[7, 5, 9, 0], [7, 8, 1, 5], [1, 0, 0, 0], [4, 3, 0, 0]]
+    assert found.lengths.tolist() == [3, 4, 1, 2]
     assert found.done.tolist() == [True, True, True, False]
