@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods.depth_language import RecurrentModel, think_steps
-from jaxlib_methods.models import decoding, recurrent_depth
+from jaxlib_methods.depth_language import DepthCache, RecurrentModel
+from jaxlib_methods.models import decoding
 from jaxlib_methods.models.decoding import SamplingConfig
-from jaxlib_methods.models.recurrent_depth import RecurrentCache
 
 
 class Draws(NamedTuple):
@@ -80,26 +79,21 @@ def append(draws: Draws, text: Text, new: jax.Array, count: jax.Array) -> Text:
 
 def read_prompts(
     model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array, *, num_slots: int
-) -> RecurrentCache:
-    """A cache with all but the last token of each prompt.
+) -> DepthCache:
+    """A cache with all but the last token of each prompt, as `decoding.prefill` reads them.
 
     tokens: int32 `[B, P]`, left-padded; lengths: int32 `[B]`, real tokens, at least 1.
     """
     B, P = tokens.shape
-    cache = recurrent_depth.init_cache(
-        model.model, batch_size=B, length=num_slots, kept_steps=model.depth.kept_steps
-    )
+    cache = model.init_cache(params, batch_size=B, length=num_slots)
     if P == 1:
         return cache
     indices = jnp.arange(P - 1)[None] - (P - lengths)[:, None]
-    thought = think_steps(
-        model,
+    out: Any = model(
         params,
         tokens[:, :-1],
         positions=jnp.maximum(indices, 0),
         segments=(indices >= 0).astype(jnp.int32),
         cache=cache,
-        exits=model.depth.exit_in_prompt,
     )
-    assert thought.cache is not None
-    return thought.cache
+    return out.cache

@@ -74,7 +74,7 @@ def start(
     B, P = tokens.shape
     text = empty_text(B, max_new_tokens)
     return SpeculativeState(
-        cache=read_prompts(model, params, tokens, lengths, num_slots=P + max_new_tokens),
+        cache=read_prompts(model, params, tokens, lengths, num_slots=P + max_new_tokens).tokens,
         last=tokens[:, -1],
         positions=lengths - 1,
         text=text,

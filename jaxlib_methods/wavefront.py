@@ -103,7 +103,7 @@ def start(
         )
     B, P = tokens.shape
     text = empty_text(B, max_new_tokens)
-    cache = read_prompts(model, params, tokens, lengths, num_slots=P + max_new_tokens)
+    cache = read_prompts(model, params, tokens, lengths, num_slots=P + max_new_tokens).tokens
     W = min(depth.max_wave, max_new_tokens + 1)
     begin = lengths - 1
     wave = Wave(

@@ -1,0 +1,96 @@
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlib_methods import continuous
+from jaxlib_methods.continuous import ContinuousState
+from jaxlib_methods.depth_config import DepthConfig
+from jaxlib_methods.depth_language import RecurrentModel
+from jaxlib_methods.depth_sampling import Draws, make_draws
+from jaxlib_methods.models.decoding import SamplingConfig
+
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+NEW = 6
+SAMPLINGS = {"greedy": SamplingConfig(temperature=0), "warm": SamplingConfig(temperature=1.0)}
+DEPTHS = {
+    "latent": DepthConfig(sampler="continuous", exit="latent", tolerance=0.2),
+    "kl": DepthConfig(
+        sampler="continuous", exit="kl", tolerance=0.05, check_every=2, warm_start=True
+    ),
+}
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def start(
+    model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array
+) -> ContinuousState:
+    return continuous.start(model, params, tokens, lengths, max_new_tokens=NEW)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+def advance(
+    model: RecurrentModel, params: Any, state: ContinuousState, draws: Draws, num_ticks: int
+) -> ContinuousState:
+    return continuous.advance(model, params, state, draws, num_ticks=num_ticks)
+
+
+def draws_of(name: str, stop: tuple[int, ...] = (-1,)) -> Draws:
+    return make_draws(SAMPLINGS[name], jax.random.key(7), stop)
+
+
+@pytest.mark.parametrize("exit_by", DEPTHS)
+def test_rows_out_of_step_write_what_they_write_alone(
+    contraction: Any, one_by_one: Any, exit_by: str
+):
+    """With ends that depend on the token, and texts that depend on where it ended."""
+    model = RecurrentModel(contraction.cfg, DEPTHS[exit_by])
+    begun = start(model, *contraction[1:])
+    for name in SAMPLINGS:
+        found = advance(model, contraction.params, begun, draws_of(name), 1000)
+        np.testing.assert_array_equal(found.tokens, one_by_one(model, draws_of(name), NEW))
+        steps = np.asarray(found.steps)
+        assert len(np.unique(steps)) > 1
+        assert (steps % model.depth.check_every == 0).all()
+        assert steps.min() >= 1
+        assert int(found.ticks) == steps.sum(axis=1).max()
+        assert int(found.lock_step_ticks) == steps.max(axis=0).sum()
+
+
+def test_no_row_waits_for_another(contraction: Any):
+    model = RecurrentModel(contraction.cfg, DEPTHS["latent"])
+    _, params, prompts, lengths = contraction
+    both = advance(model, params, start(model, params, prompts, lengths), draws_of("greedy"), 1000)
+    assert int(both.ticks) < int(both.lock_step_ticks)
+    for row in range(2):
+        at = jnp.array([row, row])
+        twice = start(model, params, prompts[at], lengths[at])
+        alone = advance(model, params, twice, draws_of("greedy"), 1000)
+        assert alone.tokens[0].tolist() == both.tokens[row].tolist()
+        assert alone.steps[0].tolist() == both.steps[row].tolist()
+        assert int(alone.ticks) == int(alone.lock_step_ticks) == int(both.steps[row].sum())
+
+
+def test_ticks_may_come_in_any_number_of_calls_and_end_at_stop_tokens(contraction: Any):
+    model = RecurrentModel(contraction.cfg, DEPTHS["latent"])
+    _, params, prompts, lengths = contraction
+    begun = start(model, params, prompts, lengths)
+    full = advance(model, params, begun, draws_of("warm"), 1000)
+    stop = int(full.tokens[0, 2])
+    whole = advance(model, params, begun, draws_of("warm", (stop,)), 1000)
+    for row, seen in enumerate(full.tokens.tolist()):
+        expected = seen.index(stop) + 1 if stop in seen else NEW
+        assert int(whole.lengths[row]) == expected
+        assert whole.tokens[row].tolist() == seen[:expected] + [0] * (NEW - expected)
+        assert (np.asarray(whole.steps[row]) > 0).sum() == expected
+    state = begun
+    for tick in range(int(whole.ticks)):
+        assert not state.text.done.all()
+        state = advance(model, params, state, draws_of("warm", (stop,)), 1)
+        assert int(state.ticks) == tick + 1
+    assert state.text.done.all()
+    for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
