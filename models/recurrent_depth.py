@@ -163,7 +163,8 @@ class RecurrentTransformer(nn.Module):
             where = visible(positions, positions, segments, segments)
         else:
             every = jnp.broadcast_to(jnp.arange(cache.num_slots)[None], cache.steps.shape)
-            where = visible(positions, every, segments, jnp.ones_like(every))
+            real = (segments != 0).astype(jnp.int32)
+            where = visible(positions, every, real, jnp.ones_like(every))
             slots = jnp.where(segments != 0, positions, cache.num_slots)
         reading = Reading(x, None, where, angles, slots)
         kv = None if cache is None else cache.prelude

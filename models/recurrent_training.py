@@ -105,6 +105,8 @@ def forward(
 def _window(cfg: TransformerConfig, num_steps: jax.Array | int, trained_steps: int | None) -> int:
     """How many iterations have a gradient at most; raises ValueError for impossible numbers."""
     wanted = cfg.trained_steps if trained_steps is None else trained_steps
+    if wanted < 0:
+        raise ValueError(f"trained_steps {wanted} must not be negative; 0 trains no iteration")
     if isinstance(num_steps, jax.Array):
         return wanted
     if num_steps < 1:
