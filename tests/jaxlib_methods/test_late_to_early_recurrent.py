@@ -120,7 +120,7 @@ def cosine(student: jax.Array, teacher: jax.Array) -> np.ndarray:
     return np.where(BATCH.where, found, 0).sum()
 
 
-PLACES = {"positions": BATCH.positions, "segments": BATCH.segments}
+PLACES: Any = {"positions": BATCH.positions, "segments": BATCH.segments}
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)

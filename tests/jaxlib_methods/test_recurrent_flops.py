@@ -58,7 +58,7 @@ def counted(cfg: TransformerConfig, *, num_steps: int, trained: int, gradient: b
     tokens = jnp.ones((BATCH_SIZE, LENGTH), jnp.int32)
 
     def loss(params: Any) -> jax.Array:
-        steps = {"num_steps": num_steps, "trained_steps": trained}
+        steps: Any = {"num_steps": num_steps, "trained_steps": trained}
         out = forward(cfg, params, tokens, key=jax.random.key(0), **steps)
         return jax.nn.log_softmax(out.logits)[..., 0].sum()
 
