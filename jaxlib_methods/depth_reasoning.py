@@ -3,7 +3,7 @@
 With l_t the logit that the readout gives after step t, y the answer and BCE the binary
 cross-entropy,
 
-    L = (1 - a) BCE(l_T, y) + a / T sum_t BCE(l_t, y_t),   T drawn for each training step
+    L = (1 - a) BCE(l_T, y) + a / T sum_t BCE(l_t, y_t),   T drawn for each micro-batch
 
 a = 0 is silent thinking, the paper's method. `intermediate` has y_t = y; `iterative` has what can
 be known after t steps: y where the difficulty is at most t, before it 0 for reachability (no path
@@ -28,8 +28,6 @@ from jaxlib_methods.models.depth_recurrent import Trajectory, sees_all
 from jaxlib_methods.models.depth_recurrent_config import DepthRecurrentConfig
 from jaxlib_methods.tasks.questions import Graphs
 
-RIGHT = 0.5  # the probability above which an answer is yes
-
 
 def inputs(batch: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Tokens `[B, L]`, which tokens each sees `[B, L, L]`, and the endpoints `[B, 2]` or None."""
@@ -49,8 +47,8 @@ def known_after(
 
 
 def correct(logits: jax.Array, label: jax.Array) -> jax.Array:
-    """Whether the answer is right, bool `[..., B]`."""
-    return (logits > 0) == (jnp.asarray(label) == 1)
+    """Whether the answer is right, bool `[..., B]`; label: `[B]`."""
+    return (logits > 0) == jnp.broadcast_to(jnp.asarray(label) == 1, logits.shape)
 
 
 def make_loss(questions: Questions, model: DepthRecurrentConfig) -> LossFn:
@@ -100,12 +98,12 @@ def _of_all_steps(
     return each.sum() / (jnp.maximum(where.sum(), 1) * num_steps)
 
 
-def trajectory(questions: Questions, model: DepthRecurrentConfig, params: Any, batch: Any) -> Any:
+def trajectory(
+    questions: Questions, model: DepthRecurrentConfig, params: Any, batch: Any
+) -> Trajectory:
     """Every depth up to the most possible, without dropout: see `depth_recurrent.trajectory`."""
-    path: Trajectory = depth_recurrent.trajectory(
-        model, params, *inputs(batch), num_steps=questions.most_steps
-    )
-    return path
+    steps = questions.most_steps
+    return depth_recurrent.trajectory(model, params, *inputs(batch), num_steps=steps)
 
 
 def make_evaluate(questions: Questions, model: DepthRecurrentConfig) -> LossFn:

@@ -21,6 +21,7 @@ from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics
 from jaxlib_methods.models import language_model, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.partitioning import constrain
 
 COLLAPSED = 0.99  # mean cosine between the states of two tokens
 IGNORED = 0.02  # nats that all iterations but the first bring
@@ -95,6 +96,7 @@ def logits_at(
     state = reading.embedded
     if model.injection != "none":
         state = recurrent_depth.initial_state(model, key, batch.inputs.shape)
+        state = constrain(state, "batch", "sequence", None)
     found, taken = [], 0
     for step in steps:
         state = jax.lax.fori_loop(

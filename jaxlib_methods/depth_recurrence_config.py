@@ -42,11 +42,11 @@ class DepthRecurrenceConfig:
     task: `language` trains the run's model, which must be recurrent (`model.recurrence`), to
         predict text. The others train a classifier made of one recurrent block on questions of
         known difficulty: `reachability` (is there a path), `logic` (is the expression true),
-        `kinship` (does the relation hold). Of the fields below only eval_steps is read for
+        `kinship` (does the relation hold). Of the fields below only eval_steps may be given for
         language, and all but that one for questions.
     eval_steps: other numbers of iterations at which the validation loss is measured too.
-    min_steps, max_steps: the number of steps of a training step is drawn between them; none is
-        the paper's (5 to 8, 4 to 16, 1 to 12).
+    min_steps, max_steps: the number of steps of a micro-batch is drawn between them; none is the
+        paper's (5 to 8, 4 to 16, 1 to 12).
     most_steps: the most that can ever be taken, rows of the depth embedding; none is the paper's
         (20, 28, 20).
     objective: `silent` supervises the last step alone; `intermediate` asks every step for the
@@ -55,7 +55,7 @@ class DepthRecurrenceConfig:
     step_weight: share of the loss over all steps in `intermediate` and `iterative`.
     recurrence: `gated` is the paper's; `tied` is the same block without its gate; `untied` has a
         block of its own for each step, and no gate: a plain transformer, which always takes
-        max_steps.
+        max_steps and reads neither min_steps nor most_steps.
     gate_bias: of the update gate in a new model; below 0 it mostly keeps the state.
     layer_scale: of both sub-layers in a new model; 0 leaves it out; none is the paper's (left out
         for reachability, 0.0001 for the others).
@@ -127,6 +127,19 @@ class DepthRecurrenceConfig:
             f"num_train={self.num_train} must not be negative",
         )
         _require(self.data_seed >= 0, f"data_seed={self.data_seed} must not be negative")
+        difficulties = self.eval_difficulties
+        _require(
+            difficulties is None or min(difficulties, default=0) >= 1,
+            f"eval_difficulties={difficulties} must be at least one, all of 1 or more, or none",
+        )
+        language = self.task == "language"
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            read = field.name == "task" or (field.name == "eval_steps") == language
+            _require(
+                read or value == field.default,
+                f"{field.name}={value} has no meaning for task={self.task}; leave it out",
+            )
 
     def resolved(self) -> "Questions":
         """The fields of questions with the paper's values in place of none.
@@ -150,32 +163,50 @@ class Questions(NamedTuple):
 
     def check(self) -> None:
         """Raises ValueError where numbers do not go together."""
-        v = self.values
-        _require(
-            v.min_steps <= v.max_steps,
-            f"min_steps={v.min_steps} is above max_steps={v.max_steps}; change one of them",
-        )
-        _require(
-            v.max_steps <= v.most_steps,
-            f"max_steps={v.max_steps} is above most_steps={v.most_steps}, the rows of the depth "
-            "embedding; change one of them",
-        )
+        cfg, v = self.cfg, self.values
+        if cfg.recurrence != "untied":  # which reads max_steps alone
+            _require(
+                v.min_steps <= v.max_steps,
+                f"min_steps={v.min_steps} is above max_steps={v.max_steps}; change one of them",
+            )
+            _require(
+                v.max_steps <= v.most_steps,
+                f"max_steps={v.max_steps} is above most_steps={v.most_steps}, the rows of the "
+                "depth embedding; change one of them",
+            )
+        if cfg.task == "reachability":
+            for prefix, nodes in (("", self._train_nodes), ("test_", self._test_nodes)):
+                fewest, most = nodes or self._train_nodes
+                _require(
+                    2 <= fewest <= most <= cfg.max_nodes,
+                    f"{prefix}fewest_nodes={fewest} and {prefix}most_nodes={most} must go from 2 "
+                    f"or more to max_nodes={cfg.max_nodes} or fewer",
+                )
         _require(
             v.easiest <= v.hardest,
             f"easiest={v.easiest} is above hardest={v.hardest}; change one of them",
         )
 
+    @property
+    def _train_nodes(self) -> tuple[int, int]:
+        return self.cfg.fewest_nodes, self.cfg.most_nodes
+
+    @property
+    def _test_nodes(self) -> tuple[int, int] | None:
+        fewest, most = self.cfg.test_fewest_nodes, self.cfg.test_most_nodes
+        if fewest is None and most is None:
+            return None
+        low, high = self._train_nodes
+        return low if fewest is None else fewest, high if most is None else most
+
     def task(self) -> Task:
         """The generator."""
         cfg = self.cfg
         if cfg.task == "reachability":
-            test = (cfg.test_fewest_nodes, cfg.test_most_nodes)
-            train = (cfg.fewest_nodes, cfg.most_nodes)
-            both = (test[0] or train[0], test[1] or train[1])
             return reachability.Reachability(
                 max_nodes=cfg.max_nodes,
-                train_nodes=train,
-                test_nodes=None if test == (None, None) else both,
+                train_nodes=self._train_nodes,
+                test_nodes=self._test_nodes,
                 variant="matched" if cfg.matched else "paper",
             )
         if cfg.task == "logic":
