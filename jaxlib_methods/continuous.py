@@ -95,16 +95,16 @@ def advance(
     state: ContinuousState,
     draws: Draws,
     *,
-    num_ticks: jax.Array | int | None = None,
+    num_rounds: jax.Array | int | None = None,
 ) -> ContinuousState:
-    """Up to `num_ticks` more ticks (none: as many as it takes); ends when every row is done.
+    """Up to `num_rounds` more ticks (none: as many as it takes); ends when every row is done.
 
     A row is done at its stop token, which is counted, or when it has all its tokens.
     """
 
     def unfinished(carry: tuple[jax.Array, ContinuousState]) -> jax.Array:
         more = ~carry[1].text.done.all()
-        return more if num_ticks is None else more & (carry[0] < num_ticks)
+        return more if num_rounds is None else more & (carry[0] < num_rounds)
 
     def body(carry: tuple[jax.Array, ContinuousState]) -> tuple[jax.Array, ContinuousState]:
         return carry[0] + 1, _tick(model, params, carry[1], draws)
@@ -137,7 +137,6 @@ def _tick(
         state.reading,
         cache=state.cache,
         step=state.step,
-        active=running[:, None],
     )
     assert cache is not None
     step, watch = state.step + running, state.watch

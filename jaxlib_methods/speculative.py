@@ -175,7 +175,7 @@ def _think(
 ) -> tuple[jax.Array, RecurrentCache]:
     """Logits after `tokens` `[B, L]` at `offsets` `[1, L]` from the newest, and the cache."""
     room = state.text.tokens.shape[1] - state.text.lengths
-    real = (offsets < room[:, None]) & ~state.text.done[:, None]
+    real = offsets < room[:, None]
     thought = think_steps(
         model,
         params,

@@ -119,7 +119,7 @@ def start(
         cache=cache,
         wave=wave,
         text=text,
-        first=lengths,
+        first=begin + 1,
         steps=jnp.zeros_like(text.tokens),
         rounds=jnp.zeros((B,), jnp.int32),
         serial_steps=jnp.int32(model.num_steps if P > 1 else 0),
