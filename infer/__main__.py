@@ -5,11 +5,13 @@
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --mode=export --output=OUT
     python -m jaxlib_methods.infer --workdir=runs/energy_image_tiny --mode=denoise --output=a.json
     python -m jaxlib_methods.infer --workdir=runs/energy_tiny --mode=think --output=think.json
+    python -m jaxlib_methods.infer --workdir=runs/depth_recurrence_tiny --mode=think
     python -m jaxlib_methods.infer --workdir=runs/energy_tiny --mode=score --prompt="def f():"
 
 --workdir is a run or a Hugging Face folder. Generation takes --temperature, --top_k, --top_p,
 --min_p, --stop, --num_samples and more prompts; an energy run takes --think.num_steps,
---think.num_candidates and more, in every mode; --help describes all flags.
+--think.num_candidates and more, in every mode, and a model that is recurrent in depth
+--depth.num_steps, --depth.exit and more; --help describes all flags.
 """
 
 import dataclasses
@@ -32,6 +34,7 @@ def main(argv: list[str]) -> None:
             evaluate,
             export,
             generate,
+            kinds,
             restore,
             score,
             think,
@@ -40,7 +43,9 @@ def main(argv: list[str]) -> None:
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
         mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
-        restored = restore.restore(asked.workdir, mesh=mesh, step=asked.step, think=asked.think)
+        restored = restore.restore(
+            asked.workdir, mesh=mesh, step=asked.step, think=asked.think, depth=asked.depth
+        )
         restored = restored._replace(seed=asked.seed)
         modes = {
             "generate": generate,
@@ -50,7 +55,7 @@ def main(argv: list[str]) -> None:
             "score": score,
             "denoise": denoise,
         }
-        denoise.check_mode(asked, restored)
+        kinds.check_mode(asked.workdir, restored.kind, asked.mode)
         modes[asked.mode].run(asked, restored)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_origin, get_type_hints
 from absl import flags
 from etils import epath
 
+from jaxlib_methods.depth_config import DepthConfig
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.thinking import ThinkConfig
 from jaxlib_methods.train.config import DataConfig, MeshConfig
@@ -17,6 +18,9 @@ from jaxlib_methods.train.flags import Parser, format_value, help_texts
 
 # The tokenizer belongs to the model: other ids would mean nothing to it.
 FIXED_DATA = ("tokenizer", "separator_id")
+
+# Of --depth.*, what means something for a text that is read at once.
+READING_DEPTH = ("num_steps", "exit", "tolerance", "min_steps", "check_every", "state_scale")
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
@@ -26,10 +30,10 @@ class InferConfig:
     """One call of inference.
 
     workdir: a run's workdir, or a Hugging Face folder.
-    mode: generate text, evaluate the validation loss, or export a Hugging Face folder; of an energy
-        run also think (quality against compute on validation text) and score (the energy of
-        prompts);
-        of an image run denoise (error against forward passes).
+    mode: generate text, evaluate the validation loss, or export a Hugging Face folder; of a model
+        that is recurrent in depth, an energy run and one on reasoning questions also think
+        (quality against compute on validation data); of an energy run score (the energy of
+        prompts); of an image run denoise (error against forward passes).
     step: which checkpoint of the run; none is the newest.
     prompt: text to continue, or to score; may be given several times.
     prompt_file: a .jsonl file with a prompt in each line (a string, or an object with "prompt"),
@@ -47,10 +51,11 @@ class InferConfig:
     output: what to write: JSONL of continuations or scores, JSON of the evaluation or of thinking
         and denoising (with a drawing of the same name beside it), the exported folder.
     eval_batches: batches of the validation set, evenly spread; none takes all of it, for thinking
-        8.
+        about text 8.
     mesh: sizes of the mesh axes.
     data: fields of `DataConfig` that replace the run's own, for an evaluation on other text.
     think: fields of `ThinkConfig`, for an energy run.
+    depth: fields of `DepthConfig`, for a language model that is recurrent in depth.
     """
 
     workdir: str = ""
@@ -72,6 +77,7 @@ class InferConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     think: dict[str, Any] = dataclasses.field(default_factory=dict)
+    depth: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.workdir:
@@ -97,6 +103,13 @@ class InferConfig:
             raise ValueError("--data.* and --eval_batches are for --mode=evaluate and --mode=think")
         _ = self.sampling  # validates itself
         _ = ThinkConfig(**self.think)
+        _ = DepthConfig(**self.depth)
+        for field in self.depth if self.mode in ("evaluate", "think") else ():
+            if field not in READING_DEPTH:
+                raise ValueError(
+                    f"--depth.{field} is for --mode=generate; --mode={self.mode} reads its text at "
+                    "once"
+                )
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -136,8 +149,12 @@ def _read_prompts(path: str) -> list[str]:
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags of `InferConfig`, of the mesh, the data and thinking in `values`."""
-    texts = {"": help_texts(InferConfig), "think": help_texts(ThinkConfig)}
+    """Defines the flags of `InferConfig`, of the mesh, the data and both thinkings in `values`."""
+    texts = {
+        "": help_texts(InferConfig),
+        "think": help_texts(ThinkConfig),
+        "depth": help_texts(DepthConfig),
+    }
     for section, field, hint in _fields():
         name = f"{section}.{field.name}" if section else field.name
         default = "the run's" if section == "data" else format_value(field.default)
@@ -156,23 +173,26 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
 
 def from_flags(values: flags.FlagValues = flags.FLAGS) -> InferConfig:
     """What the parsed flags ask for. Raises ValueError for an impossible combination."""
-    given: dict[str, dict[str, Any]] = {"": {}, "mesh": {}, "data": {}, "think": {}}
+    given: dict[str, dict[str, Any]] = {"": {}, **{section: {} for section in _SECTIONS}}
     for section, field, hint in _fields():
         flag = values[f"{section}.{field.name}" if section else field.name]
         if not flag.using_default_value:
             value: Any = flag.value
             value = tuple(value) if get_origin(hint) is tuple else value
             given[section][field.name] = value
-    mesh = MeshConfig(**given["mesh"])
-    return InferConfig(**given[""], mesh=mesh, data=given["data"], think=given["think"])
+    top, mesh = given.pop(""), MeshConfig(**given.pop("mesh"))
+    sections: dict[str, Any] = given
+    return InferConfig(**top, mesh=mesh, **sections)
+
+
+_SECTIONS = {"mesh": MeshConfig, "data": DataConfig, "think": ThinkConfig, "depth": DepthConfig}
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field, Any]]:
     """(section, field, type) of every flag."""
-    parts = {"": InferConfig, "mesh": MeshConfig, "data": DataConfig, "think": ThinkConfig}
-    for section, cls in parts.items():
+    for section, cls in {"": InferConfig, **_SECTIONS}.items():
         hints = get_type_hints(cls)
         for field in dataclasses.fields(cls):
-            nested = not section and field.name in parts
+            nested = not section and field.name in _SECTIONS
             if not nested and not (section == "data" and field.name in FIXED_DATA):
                 yield section, field, hints[field.name]

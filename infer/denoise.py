@@ -181,16 +181,6 @@ def with_baseline(workdir: str, restored: Restored, *, mesh: Mesh) -> dict[str, 
     return runs
 
 
-def check_mode(config: InferConfig, restored: Restored) -> None:
-    """Raises ValueError where a run on images is asked for something else than `denoise`."""
-    method = None if restored.config is None else restored.config.method_config
-    if isinstance(method, RestorationConfig) and config.mode != "denoise":
-        raise ValueError(
-            f"{config.workdir} was trained on images, --mode={config.mode} is for text; give "
-            "--mode=denoise"
-        )
-
-
 def run(config: InferConfig, restored: Restored) -> None:
     """Measures what the flags ask for; prints a table, and with `output` writes JSON and a PNG.
 

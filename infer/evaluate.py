@@ -7,12 +7,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxlib_methods import losses
+from jaxlib_methods import depth_language, losses
+from jaxlib_methods.depth_language import RecurrentModel
+from jaxlib_methods.infer import report
 from jaxlib_methods.infer.config import InferConfig
-from jaxlib_methods.infer.restore import Restored
+from jaxlib_methods.infer.restore import LanguageModel, Restored
 from jaxlib_methods.method import Batch
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import data
@@ -22,11 +25,12 @@ from jaxlib_methods.train.config import DataConfig
 class Evaluation(NamedTuple):
     """nats_per_token: mean over the targets of the validation set, of which there are
     `num_tokens`. bits_per_byte: nats per token / (ln 2 * bytes per token), which compares models
-    with different tokenizers."""
+    with different tokenizers. iterations: mean number that a token took; None without depth."""
 
     nats_per_token: float
     bits_per_byte: float
     num_tokens: int
+    iterations: float | None = None
 
 
 def data_config(restored: Restored, overrides: dict[str, Any]) -> DataConfig:
@@ -52,7 +56,8 @@ def open_validation(restored: Restored, cfg: DataConfig) -> data.TextDataset:
 def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = None) -> Evaluation:
     """The next-token loss over the validation split, all of it or `max_batches` spread over it.
 
-    Raises ValueError where a sequence is longer than the model's context.
+    A recurrent model thinks as its `depth` says, early exits included. Raises ValueError where a
+    sequence is longer than the model's context.
     """
     if restored.thinker is not None:
         restored.thinker.check_memory(cfg.batch_size * cfg.sequence_length)
@@ -60,21 +65,33 @@ def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = N
     model = restored.language_model
 
     @jax.jit
-    def sums(params: object, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        out = model(params, batch.inputs, positions=batch.positions, segments=batch.segments)
-        nll = losses.token_nll(out.logits, batch.targets, where=batch.where)
-        return losses.masked_sum(nll, where=batch.where)
+    def sums(params: Any, batch: Batch) -> tuple[jax.Array, ...]:
+        logits, steps = _predict(model, params, batch)
+        nll = losses.token_nll(logits, batch.targets, where=batch.where)
+        taken, _ = losses.masked_sum(steps, where=batch.where)
+        return *losses.masked_sum(nll, where=batch.where), taken
 
     with jax.set_mesh(restored.mesh):
-        waiting, totals = [], np.zeros(2)
+        waiting, totals = [], np.zeros(3)
         for batch in batches(dataset, cfg.batch_size, max_batches, restored):
             waiting.append(sums(restored.params, batch))
             if len(waiting) > 1:  # one behind: reading a sum waits for it, and its batch is freed
                 totals += jax.device_get(waiting.pop(0))
-        total, count = totals + jax.device_get(waiting.pop())
+        total, count, taken = totals + jax.device_get(waiting.pop())
     nats = float(total / count)
     assert dataset.bytes_per_token is not None  # it is text
-    return Evaluation(nats, nats / (math.log(2) * dataset.bytes_per_token), int(count))
+    bits = nats / (math.log(2) * dataset.bytes_per_token)
+    recurrent = isinstance(model, RecurrentModel)
+    return Evaluation(nats, bits, int(count), float(taken / count) if recurrent else None)
+
+
+def _predict(model: LanguageModel, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Logits `[B, L, V]`, and how many iterations each token took, `[B, L]`; 0 without depth."""
+    arguments: dict[str, Any] = {"positions": batch.positions, "segments": batch.segments}
+    if isinstance(model, RecurrentModel):
+        thought = depth_language.think_steps(model, params, batch.inputs, **arguments)
+        return thought.logits, thought.steps_used.astype(jnp.float32)
+    return model(params, batch.inputs, **arguments).logits, jnp.zeros(batch.inputs.shape)
 
 
 def batches(
@@ -98,10 +115,11 @@ def batches(
 def run(config: InferConfig, restored: Restored) -> None:
     """Evaluates what the flags ask for; prints it, and writes JSON where `output` is given."""
     result = evaluate(restored, data_config(restored, config.data), max_batches=config.eval_batches)
-    where = config.workdir if restored.step is None else f"{config.workdir}, step {restored.step}"
+    thinking = "" if result.iterations is None else f", {result.iterations:.2f} iterations"
     print(
-        f"{where}: {result.nats_per_token:.4f} nats per token, {result.bits_per_byte:.4f} bits per "
-        f"byte, over {result.num_tokens:,} tokens of validation text"
+        f"{report.name(config, restored)}: {result.nats_per_token:.4f} nats per token, "
+        f"{result.bits_per_byte:.4f} bits per byte{thinking}, over "
+        f"{result.num_tokens:,} tokens of validation text"
     )
     if config.output:
         values = {"workdir": config.workdir, "step": restored.step, **result._asdict()}

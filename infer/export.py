@@ -18,11 +18,6 @@ def run(config: InferConfig, restored: Restored) -> None:
     can express the model.
     """
     assert config.output is not None
-    if restored.thinker is not None:
-        raise ValueError(
-            f"{config.workdir} is an energy run, and transformers has no model that descends an "
-            "energy; use it with --mode=generate, evaluate, think or score"
-        )
     tokens: dict[str, Any] = {
         "bos_token_id": restored.first_token,
         "eos_token_id": list(restored.stop_tokens),

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from etils import epath
@@ -11,7 +11,11 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from jaxlib_methods import energy
+from jaxlib_methods.depth_config import DepthConfig
+from jaxlib_methods.depth_language import RecurrentModel
 from jaxlib_methods.energy_config import EnergyConfig
+from jaxlib_methods.infer import kinds
+from jaxlib_methods.infer.kinds import Kind
 from jaxlib_methods.models import decoding
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import KVCache, Outputs, forward
@@ -38,7 +42,24 @@ class Trunk:
         return decoding.init_cache(self.model, batch_size=batch_size, length=length)
 
 
-LanguageModel = Trunk | Thinker
+class LanguageModel(Protocol):
+    """What predicts the next token: a `Trunk`, a `Thinker` or a `RecurrentModel`, all hashable."""
+
+    def __call__(
+        self,
+        params: Any,
+        inputs: jax.Array,
+        *,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: Any = None,
+    ) -> Outputs:
+        """Predictions after each of the inputs; see `models.transformer.Transformer`."""
+        ...
+
+    def init_cache(self, params: Any, *, batch_size: int, length: int) -> Any:
+        """An empty cache of `length` tokens."""
+        ...
 
 
 class Restored(NamedTuple):
@@ -46,7 +67,8 @@ class Restored(NamedTuple):
 
     config, step: of the run and its checkpoint; None for a Hugging Face folder.
     params: sharded over `mesh`. first_token: stands in front of every text the model has seen.
-    stop_tokens: end a text. think, seed: how an energy run predicts, and from which draws.
+    stop_tokens: end a text. think, depth: how an energy run and a recurrent model predict, and
+    seed: from which draws.
     """
 
     config: RunConfig | None
@@ -58,11 +80,21 @@ class Restored(NamedTuple):
     first_token: int
     stop_tokens: tuple[int, ...]
     think: ThinkConfig = ThinkConfig()
+    depth: DepthConfig = DepthConfig()
     seed: int = 0
 
     @property
+    def kind(self) -> Kind:
+        """What the model is, by the run's method and the model's recurrence."""
+        return kinds.kind_of(self.config, self.model)
+
+    @property
     def language_model(self) -> LanguageModel:
-        """What predicts the next token, chosen by the run's method."""
+        """What predicts the next token. Raises ValueError where no text was learned."""
+        if self.kind in ("questions", "images"):
+            raise ValueError(f"{kinds.KINDS[self.kind].what} predicts no text")
+        if self.kind == "recurrent":
+            return RecurrentModel(self.model, self.depth, self.seed)
         return Trunk(self.model) if self.thinker is None else self.thinker
 
     @property
@@ -87,36 +119,35 @@ def restore(
     mesh: Mesh,
     step: int | None = None,
     think: Mapping[str, Any] | None = None,
+    depth: Mapping[str, Any] | None = None,
 ) -> Restored:
     """Reads the configuration, the tokenizer and the parameters, not the optimiser.
 
     step: which checkpoint of a run; None takes the newest. The mesh need not be the run's.
-    think: fields of `ThinkConfig`, for an energy run only.
+    think, depth: fields of `ThinkConfig`, for an energy run only, and of `DepthConfig`, for a
+    model that is recurrent in depth only.
     Raises FileNotFoundError or ValueError where there is no such model.
     """
     folder = epath.Path(workdir).expanduser()
+    flags = {"think": think or {}, "depth": depth or {}}
     if checkpoint.checkpoints_folder(folder).exists():
-        return _restore_run(folder, mesh, step, think or {})
-    if step is not None:
+        found = _restore_run(folder, mesh, step, flags)
+    elif step is not None:
         raise ValueError(f"--step={step} is for a run; {workdir} holds no checkpoints")
-    _check_think(think or {}, workdir, None)
-    return _restore_huggingface(folder, mesh)
+    else:
+        found = _restore_huggingface(folder, mesh, flags)
+    return found._replace(think=ThinkConfig(**flags["think"]), depth=DepthConfig(**flags["depth"]))
 
 
-def _check_think(think: Mapping[str, Any], workdir: object, config: RunConfig | None) -> None:
-    if think and (config is None or not isinstance(config.method_config, EnergyConfig)):
-        what = "a Hugging Face folder" if config is None else f"a run of {config.method}"
-        raise ValueError(f"--think.{next(iter(think))} is for an energy run; {workdir} is {what}")
+_Flags = dict[str, Mapping[str, Any]]
 
 
-def _restore_run(
-    folder: epath.Path, mesh: Mesh, step: int | None, think: Mapping[str, Any]
-) -> Restored:
+def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags) -> Restored:
     record = checkpoint.read_record(folder)
     if record is None:
         raise FileNotFoundError(f"{folder} holds no run: it has no {checkpoint.CONFIG_FILE}")
     config = record.config
-    _check_think(think, folder, config)
+    kinds.check_flags(folder, kinds.kind_of(config, config.model), **flags)
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
     if tokenizer.fingerprint != record.tokenizer:
         raise ValueError(
@@ -134,20 +165,12 @@ def _restore_run(
         abstract = {"params": checkpoint.abstract_run_params(config, mesh)}
         params = checkpointer.load_checkpointables(chosen, abstract)["params"]
     first = tokenizer.separator
-    return Restored(
-        config,
-        config.model,
-        params,
-        tokenizer,
-        chosen,
-        mesh,
-        first,
-        (first,),
-        ThinkConfig(**think),
-    )
+    return Restored(config, config.model, params, tokenizer, chosen, mesh, first, (first,))
 
 
-def _restore_huggingface(folder: epath.Path, mesh: Mesh) -> Restored:
+def _restore_huggingface(folder: epath.Path, mesh: Mesh, flags: _Flags) -> Restored:
+    model = checkpoint.load_pretrained(str(folder), weights=False).config
+    kinds.check_flags(folder, kinds.kind_of(None, model), **flags)
     found = checkpoint.load_pretrained(str(folder), mesh=mesh)
     values = json.loads((folder / checkpoint.CONFIG_FILE).read_text())
     ends = values.get("eos_token_id")

@@ -165,8 +165,9 @@ def final(folder: str, root: pathlib.Path) -> float:
 
 
 def thought(folder: str, root: pathlib.Path, *, text: str = "", **fields: Any) -> Any:
-    """`infer.think` on a run, kept beside it. text: other than the run's validation split."""
-    from jaxlib_methods.infer import restore, think
+    """`infer.think_energy` on a run, kept beside it. text: other than the run's validation split."""
+    from jaxlib_methods.infer import restore
+    from jaxlib_methods.infer import think_energy as think
     from jaxlib_methods.models import partitioning
     from jaxlib_methods.thinking import ThinkConfig
 

@@ -54,6 +54,12 @@ def test_think_flags_are_fields_of_the_thinking():
     assert parsed("--workdir=a", "--mode=think").think == {}
 
 
+def test_depth_flags_are_fields_of_the_depth():
+    got = parsed("--workdir=a", "--prompt=x", "--depth.exit=kl", "--depth.tolerance=none")
+    assert got.depth == {"exit": "kl", "tolerance": None}
+    assert parsed("--workdir=a", "--mode=evaluate", "--depth.num_steps=3").depth == {"num_steps": 3}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -69,6 +75,12 @@ def test_think_flags_are_fields_of_the_thinking():
         (["--workdir=a", "--mode=score"], "nothing to score: give --prompt"),
         (["--workdir=a", "--prompt=x", "--think.num_steps=0"], "think.num_steps=0 must be at"),
         (["--workdir=a", "--mode=think", "--think.stop=now"], "one of none, energy, entropy"),
+        (["--workdir=a", "--prompt=x", "--depth.num_steps=0"], "depth.num_steps=0 must be at"),
+        (["--workdir=a", "--mode=think", "--depth.exit=now"], "one of none, kl, latent"),
+        (
+            ["--workdir=a", "--mode=evaluate", "--depth.warm_start"],
+            "--depth.warm_start is for --mode=generate; --mode=evaluate reads its text at once",
+        ),
         (["--workdir=a", "--promt=x"], "unknown flag --promt; did you mean --prompt"),
         (["--workdir=a", "--prompt=x", "--mesh.data=0"], "mesh.data=0"),
         (["--workdir=a", "--data.tokenizer=b"], "unknown flag --data.tokenizer"),
@@ -85,7 +97,7 @@ def test_every_own_flag_has_its_help():
     values = absl_flags.FlagValues()
     config.define(values)
     own = config.InferConfig.__annotations__
-    for name in (n for n in values if n in own or n.startswith("think.")):
+    for name in (n for n in values if n in own or n.startswith(("think.", "depth."))):
         assert len(str(values[name].help).split(" (default")[0]) > 10, name
 
 

@@ -148,14 +148,6 @@ def test_other_runs_are_refused(tmp_path):
         denoise.run(asked, text._replace(config=masked))
 
 
-def test_a_run_on_images_writes_no_text():
-    asked = InferConfig(workdir="runs/a", mode="evaluate")
-    with pytest.raises(ValueError, match="runs/a was trained on images, --mode=evaluate is for"):
-        denoise.check_mode(asked, restored(ENERGY))
-    denoise.check_mode(dataclasses.replace(asked, mode="denoise"), restored(ENERGY))
-    denoise.check_mode(asked, restored(ENERGY)._replace(config=RunConfig()))
-
-
 def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install jaxlib-methods\[plot\]"):

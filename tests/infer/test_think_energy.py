@@ -16,12 +16,12 @@ from absl import flags as absl_flags
 from jaxlib_methods import energy_flops, thinking_text
 from jaxlib_methods.infer import __main__ as infer_main
 from jaxlib_methods.infer import config as infer_config
-from jaxlib_methods.infer import export, restore, score, think
+from jaxlib_methods.infer import correlation, restore, score, think, think_energy
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.evaluate import evaluate
 from jaxlib_methods.infer.generate import generate
 from jaxlib_methods.infer.restore import Restored
-from jaxlib_methods.models import partitioning
+from jaxlib_methods.models import huggingface, partitioning
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.thinking import ThinkConfig
 from jaxlib_methods.train import checkpoint, data, flags
@@ -48,8 +48,8 @@ def cfg(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 
 
 @pytest.fixture(scope="module")
-def result(restored_energy: Restored, cfg: DataConfig) -> think.Result:
-    return think.think(restored_energy, cfg, ASKED, max_batches=2)
+def result(restored_energy: Restored, cfg: DataConfig) -> think_energy.Result:
+    return think_energy.think(restored_energy, cfg, ASKED, max_batches=2)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def infer(*arguments: str) -> None:
 
 
 def test_every_step_and_number_of_candidates_is_what_evaluation_gives(
-    restored_energy: Restored, cfg: DataConfig, result: think.Result
+    restored_energy: Restored, cfg: DataConfig, result: think_energy.Result
 ):
     def nats(**fields: Any) -> float:
         thinking = restored_energy._replace(think=ThinkConfig(**fields))
@@ -107,7 +107,7 @@ def test_every_step_and_number_of_candidates_is_what_evaluation_gives(
     assert rows["energy below 5"].nats_per_token == pytest.approx(early, rel=1e-4)
 
 
-def test_the_table_by_hand(restored_energy: Restored, cfg: DataConfig, result: think.Result):
+def test_the_table_by_hand(restored_energy: Restored, cfg: DataConfig, result: think_energy.Result):
     assert restored_energy.thinker is not None
     model, length = restored_energy.thinker.model, cfg.sequence_length
     trained = next(row for row in result.rows if row.name == "2 steps")
@@ -128,12 +128,12 @@ def test_the_table_by_hand(restored_energy: Restored, cfg: DataConfig, result: t
     assert used[0] > 2
     assert used[-1] == 2, "every change is below five times the first"
     assert any(row.kind == "stop_entropy" for row in result.rows)
-    assert "2 steps *" in think.table(result)
-    assert len(think.table(result).splitlines()) == len(result.rows) + 3
+    assert "2 steps *" in think_energy.table(result)
+    assert len(think_energy.table(result).splitlines()) == len(result.rows) + 3
 
 
 def test_energies_of_the_text_and_correlation_by_numpy(
-    restored_energy: Restored, cfg: DataConfig, result: think.Result
+    restored_energy: Restored, cfg: DataConfig, result: think_energy.Result
 ):
     model = restored_energy.thinker
     assert model is not None
@@ -145,7 +145,7 @@ def test_energies_of_the_text_and_correlation_by_numpy(
     def all_at_once(params: Any) -> Any:
         places = jnp.asarray(rows.positions), jnp.asarray(rows.segments)
         context = model.observe(params, jnp.asarray(rows.inputs), *places)
-        found = think._read(model, params, context, jnp.asarray(rows.targets))
+        found = think_energy._read(model, params, context, jnp.asarray(rows.targets))
         text = thinking_text.score(model.model, params, context, jnp.asarray(rows.targets))
         return text, found.energy[1, :, 0], found.nll[1, :, 0]
 
@@ -160,24 +160,28 @@ def test_correlation_over_batches_is_that_of_all_tokens():
     draw = np.random.default_rng(0)
     x, y = draw.normal(size=(2, 5, 7)) + np.arange(5)[:, None]
     where = draw.random((5, 7)) < 0.7
-    parts = [np.asarray(think._moments(jnp.asarray(x[i]), jnp.asarray(y[i]), jnp.asarray(where[i])))
-             for i in range(5)]  # fmt: skip
+    parts = [
+        np.asarray(correlation.moments(jnp.asarray(x[i]), jnp.asarray(y[i]), jnp.asarray(where[i])))
+        for i in range(5)
+    ]
     expected = np.corrcoef(x[where], y[where])[0, 1]
-    assert think.correlation(parts) == pytest.approx(expected, abs=1e-5)
-    assert math.isnan(think.correlation([np.array([3.0, 1, 1, 0, 0, 0])]))
+    assert correlation.correlation(parts) == pytest.approx(expected, abs=1e-5)
+    assert math.isnan(correlation.correlation([np.array([3.0, 1, 1, 0, 0, 0])]))
 
 
 def test_a_hopeless_run_has_an_infinite_perplexity_and_json_without_it(
-    restored_energy: Restored, result: think.Result, tmp_path: Path, monkeypatch
+    restored_energy: Restored, result: think_energy.Result, tmp_path: Path, monkeypatch
 ):
     row = result.rows[0]._replace(nats_per_token=900.0, perplexity=math.inf, gain=-math.inf)
-    monkeypatch.setattr(think, "think", lambda *_, **__: result._replace(rows=[row] * 2))
+    monkeypatch.setattr(think_energy, "think", lambda *_, **__: result._replace(rows=[row] * 2))
     output = tmp_path / "think.json"
-    think.run(InferConfig(workdir="runs/a", mode="think", output=str(output)), restored_energy)
+    think_energy.run(
+        InferConfig(workdir="runs/a", mode="think", output=str(output)), restored_energy
+    )
     assert "Infinity" not in output.read_text()
     assert json.loads(output.read_text())["rows"][0]["perplexity"] is None
-    assert think._exp(900.0) == math.inf
-    assert think._exp(2.0) == math.exp(2.0)
+    assert think_energy._exp(900.0) == math.inf
+    assert think_energy._exp(2.0) == math.exp(2.0)
 
 
 def test_text_is_that_of_the_prompt_alone_on_any_mesh(
@@ -225,10 +229,10 @@ def test_the_command_line(workdir: str, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_without_matplotlib_the_table_is_still_there(
-    result: think.Result, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
+    result: think_energy.Result, tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture[str]
 ):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not think.draw(result, restore.epath.Path(tmp_path) / "x.png")
+    assert not think_energy.draw(result, restore.epath.Path(tmp_path) / "x.png")
     assert "pip install jaxlib-methods[plot]" in capsys.readouterr().out
 
 
@@ -236,20 +240,21 @@ def test_what_another_run_cannot_do_is_refused_in_one_line(
     workdir: str, restored: Restored, restored_energy: Restored, tmp_path: Path
 ):
     asked = InferConfig(workdir="runs/a", mode="think")
-    with pytest.raises(ValueError, match="--mode=think is for an energy run, and this is no run"):
+    with pytest.raises(ValueError, match=r"--mode=think is for .*; runs/a is a plain lang"):
         think.run(asked, restored)
     with pytest.raises(ValueError, match="--mode=score is for an energy run"):
         score.run(InferConfig(workdir="runs/a", mode="score", prompt=("x",)), restored)
-    with pytest.raises(ValueError, match="runs/a is an energy run, and transformers has no model"):
-        export.run(InferConfig(workdir="runs/a", mode="export", output="b"), restored_energy)
     mesh = partitioning.make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(ValueError, match=r"--think.noise is for an energy run; .* Hugging Face"):
-        restore.restore(str(tmp_path), mesh=mesh, think={"noise": 1.0})
+    huggingface.save_params(tmp_path / "hf", restored.params, restored.model)
+    with pytest.raises(ValueError, match=r"--think.noise is for an energy run; .*hf is a plain la"):
+        restore.restore(str(tmp_path / "hf"), mesh=mesh, think={"noise": 1.0})
     assert restored_energy.config is not None
     record = checkpoint.read_record(workdir)
     assert record is not None
     run = dataclasses.replace(record.config, method="next_token", method_config=None)
     (tmp_path / "checkpoints").mkdir()
     checkpoint.write_config(tmp_path, record._replace(config=run))
-    with pytest.raises(ValueError, match=r"--think.stop is for an energy run; .* of next_token"):
+    with pytest.raises(ValueError, match=r"--think.stop is for an energy run; .* is a plain lang"):
         restore.restore(str(tmp_path), mesh=mesh, think={"stop": "energy"})
+    with pytest.raises(ValueError, match=r"--depth.exit is for a language model that is recurr"):
+        restore.restore(workdir, mesh=mesh, depth={"exit": "kl"})
