@@ -139,6 +139,7 @@ def _tick(
         step=state.step,
     )
     assert cache is not None
+    # A row that is done stays before its first iteration, where nothing ends.
     step, watch = state.step + running, state.watch
     ended = step >= model.num_steps
     if model.depth.exit != "none":
@@ -148,7 +149,6 @@ def _tick(
         assert cache is not None
         ended |= small[:, 0]
     state = state._replace(cache=cache, state=latent, watch=watch, step=step, ticks=state.ticks + 1)
-    ended &= running
     # Prelude, coda and head are for tokens that end or begin; mostly none does.
     return jax.lax.cond(
         ended.any(), lambda state: _next_token(model, params, state, draws, ended), _same, state
