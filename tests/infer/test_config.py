@@ -98,7 +98,7 @@ def test_every_own_flag_has_its_help():
     config.define(values)
     own = config.InferConfig.__annotations__
     for name in (n for n in values if n in own or n.startswith(("think.", "depth."))):
-        assert len(str(values[name].help).split(" (default")[0]) > 10, name
+        assert len(str(values[name].help).split("(default")[0]) > 10, name
 
 
 def test_prompts_come_from_flags_and_files(tmp_path):

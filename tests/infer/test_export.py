@@ -7,9 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from jaxlib_methods.depth_config import DepthConfig
+from jaxlib_methods.depth_language import RecurrentModel
 from jaxlib_methods.infer import export
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored, restore
+from jaxlib_methods.models import language_model, partitioning
+from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.train import checkpoint
 
 
@@ -40,3 +44,33 @@ def test_nothing_is_overwritten(restored: Restored, tmp_path: Path) -> None:
 def test_export_needs_a_folder() -> None:
     with pytest.raises(ValueError, match="needs --output"):
         InferConfig(workdir="somewhere", mode="export")
+
+
+def test_an_exported_recurrent_model_thinks_as_asked(restored: Restored, tmp_path: Path) -> None:
+    model = TransformerConfig(
+        num_layers=3,
+        embed_dim=16,
+        num_heads=2,
+        mlp_dim=24,
+        vocab_size=256,
+        max_length=64,
+        norm_eps=1e-6,
+        block="sandwich",
+        qk_bias=True,
+        kernel_init="takase",
+        tie_embeddings=True,
+        recurrence=4,
+        backprop_steps=2,
+    )
+    params = partitioning.unbox(language_model.init_params(model, jax.random.key(0)))
+    export.run(asked(tmp_path / "out"), restored._replace(model=model, params=params))
+    depth = {"num_steps": 2, "exit": "kl"}
+    found = restore(str(tmp_path / "out"), mesh=restored.mesh, depth=depth)
+    assert found.kind == "recurrent"
+    expected = RecurrentModel(found.model, DepthConfig(num_steps=2, exit="kl"), seed=3)
+    assert found._replace(seed=3).language_model == expected
+    assert found.model.recurrence == 4
+    with pytest.raises(ValueError, match=r"depth.min_steps=5 is more than the 4 iterations"):
+        _ = found._replace(depth=DepthConfig(min_steps=5)).language_model
+    with pytest.raises(ValueError, match=r"--think.noise is for an energy run; .* recurrent in"):
+        restore(str(tmp_path / "out"), mesh=restored.mesh, think={"noise": 0.0})
