@@ -123,7 +123,7 @@ def similarity(state: Any, where: Any) -> float:
 
 
 def test_token_similarity_by_hand():
-    everywhere = np.ones((1, 3), bool)
+    everywhere = jnp.ones((1, 3), bool)
     same = np.array([[[3.0, 4.0], [6.0, 8.0], [0.3, 0.4]]])
     assert similarity(same, everywhere) == pytest.approx(1.0)
     assert similarity(np.eye(3)[None], everywhere) == pytest.approx(0.0, abs=1e-6)

@@ -33,6 +33,11 @@ def context(model: TransformerConfig = MODEL) -> Context:
     )
 
 
+def config(fields: dict[str, Any]) -> DepthRecurrenceConfig:
+    values: dict[str, Any] = {"task": "reachability", **fields}
+    return DepthRecurrenceConfig(**values)
+
+
 def resolved(task: Task = "reachability", **fields: Any) -> Any:
     return DepthRecurrenceConfig(task=task, **fields).resolved()
 
@@ -100,8 +105,8 @@ def test_what_is_given_wins_and_0_leaves_the_layer_scale_out():
 
 def test_an_untied_model_takes_max_steps_and_has_no_block_for_more():
     # A plain transformer as deep as the paper's rows do not go, and one whose runs vary otherwise.
-    for fields, steps in (({"max_steps": 30}, 30), ({"most_steps": 3}, 8), ({"min_steps": 9}, 8)):
-        questions = resolved(recurrence="untied", **fields)
+    for name, value, steps in (("max_steps", 30, 30), ("most_steps", 3, 8), ("min_steps", 9, 8)):
+        questions = config({"recurrence": "untied", name: value}).resolved()
         model = questions.model(MODEL)
         assert questions.train_steps == (steps, steps)
         assert questions.most_steps == model.max_steps == steps
@@ -134,7 +139,7 @@ def test_an_untied_model_takes_max_steps_and_has_no_block_for_more():
 )
 def test_impossible_values_are_refused(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
-        DepthRecurrenceConfig(**{"task": "reachability"} | fields)
+        config(fields)
 
 
 @pytest.mark.parametrize(
@@ -150,18 +155,16 @@ def test_impossible_values_are_refused(fields: dict[str, Any], message: str):
     ],
 )
 def test_numbers_that_do_not_go_together_are_refused(fields: dict[str, Any], message: str):
-    cfg = DepthRecurrenceConfig(**{"task": "reachability"} | fields)
+    cfg = config(fields)
     with pytest.raises(ValueError, match=message):
         cfg.resolved()
 
 
 def test_paths_that_no_graph_holds_are_refused_before_the_first_step():
-    for split, fields, message in (
-        ("train", {"hardest": 16}, "a path of 16 hops needs 17 nodes, .* at most 15 hops or allow"),
-        ("validation", {"eval_difficulties": (20,)}, "a path of 20 hops needs 21 nodes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            resolved(**FEW, **fields).dataset(split)
+    with pytest.raises(ValueError, match=r"a path of 16 hops needs 17 nodes, .* 15 hops or allow"):
+        resolved(**FEW, hardest=16).dataset("train")
+    with pytest.raises(ValueError, match="a path of 20 hops needs 21 nodes"):
+        resolved(**FEW, eval_difficulties=(20,)).dataset("validation")
 
 
 def test_a_model_that_does_not_fit_the_task_is_refused():
