@@ -11,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from jaxlib_methods import continuous, depth_sampling, speculative, wavefront
+from jaxlib_methods.depth_language import RecurrentModel
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import LanguageModel, Restored
 from jaxlib_methods.models import decoding
-from jaxlib_methods.models.decoding import DecodeState, SamplingConfig
+from jaxlib_methods.models.decoding import SamplingConfig
 
 DEFAULT_NEW_TOKENS = 128
 CHUNK_STEPS = 32  # between two looks at the text, where nobody watches
@@ -128,7 +130,10 @@ def _start(
     lengths: jax.Array,
     *,
     max_new_tokens: int,
-) -> DecodeState:
+) -> Any:
+    sampler = _sampler(model)
+    if sampler is not None:
+        return sampler.start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
     slots = tokens.shape[1] + max_new_tokens - 1
     cache = model.init_cache(params, batch_size=tokens.shape[0], length=slots)
     return decoding.prefill(
@@ -137,8 +142,22 @@ def _start(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _steps(model: LanguageModel, params: Any, state: DecodeState, **settings: Any) -> DecodeState:
-    return decoding.decode_steps(model, params, state, **settings)
+def _steps(
+    model: LanguageModel, params: Any, state: Any, *, num_steps: int, **settings: Any
+) -> Any:
+    sampler = _sampler(model)
+    if sampler is not None:
+        draws = depth_sampling.make_draws(**settings)
+        return sampler.advance(model, params, state, draws, num_rounds=num_steps)
+    return decoding.decode_steps(model, params, state, num_steps=num_steps, **settings)
+
+
+def _sampler(model: LanguageModel) -> Any:
+    """The module that samples a recurrent model otherwise than token by token; None for those."""
+    if not isinstance(model, RecurrentModel):
+        return None
+    others = {"continuous": continuous, "parallel": wavefront, "speculative": speculative}
+    return others.get(model.depth.sampler)
 
 
 def generate(

@@ -189,7 +189,9 @@ class DepthRecurrentTransformer(nn.Module):
         x = state[:, 0]
         if self.cfg.readout == "endpoints":
             x = jnp.take_along_axis(state, _endpoints(endpoints)[:, :, None], axis=1)
-            x = x.reshape(x.shape[0], -1)
+            # Without this the gradient of the two rows is gathered whole under a mesh.
+            x = constrain(x, "batch", None, None)
+            x = constrain(x.reshape(x.shape[0], -1), "batch", None)
         x = jax.nn.gelu(self.readout_hidden(self.readout_norm(x)), approximate=False)
         return self.readout_logit(_dropout(x, self.cfg.dropout, key))[:, 0]
 

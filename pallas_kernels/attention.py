@@ -48,11 +48,18 @@ def attention_reference(
     B, L, H, C = query.shape
     K = key.shape[2]
     wide = jnp.promote_types(query.dtype, jnp.float32)
-    q_BLKGC = query.reshape(B, L, K, H // K, C) * jnp.asarray(C**-0.5, query.dtype)
-    s_BKGLM = jnp.einsum("blkgc,bmkc->bkglm", q_BLKGC, key, preferred_element_type=wide)
-    s_BKGLM = jnp.where(where[:, None, None], s_BKGLM, jnp.asarray(MASKED_SCORE, wide))
+    # Heads in front of positions: XLA's matmuls on a CPU, and more so their gradients, are several
+    # times slower where batch dimensions stand between others, or where one has size 1.
+    g = "" if K == H else "g"
+    shape = (B, L, K, C) if K == H else (B, L, K, H // K, C)
+    q_BKGLC = jnp.moveaxis(query.reshape(shape), 1, -2) * jnp.asarray(C**-0.5, query.dtype)
+    k_BKMC, v_BKMC = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+    s_BKGLM = jnp.einsum(f"bk{g}lc,bkmc->bk{g}lm", q_BKGLC, k_BKMC, preferred_element_type=wide)
+    seen = where[:, None] if K == H else where[:, None, None]
+    s_BKGLM = jnp.where(seen, s_BKGLM, jnp.asarray(MASKED_SCORE, wide))
     p_BKGLM = jax.nn.softmax(s_BKGLM, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkglm,bmkc->blkgc", p_BKGLM, value).reshape(B, L, H, C)
+    mixed = jnp.einsum(f"bk{g}lm,bkmc->bk{g}lc", p_BKGLM, v_BKMC)
+    return jnp.moveaxis(mixed, -2, 1).reshape(B, L, H, C)
 
 
 class Keys(NamedTuple):

@@ -167,11 +167,11 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
 def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
     weights = config.checkpoint.init_from
     if weights is not None:
-        if registry.entry(config.method).init_model is not None:
+        if not checkpoint.is_language_model(config):
             raise ValueError(
-                f"checkpoint.init_from={weights} is for plain transformers, and the method "
-                f"{config.method} trains another model; give checkpoint.restore_from, a run of its "
-                "own"
+                f"checkpoint.init_from={weights} is for language models, and the method "
+                f"{config.method} trains another model here; give checkpoint.restore_from, a run "
+                "of its own"
             )
         found = checkpoint.load_pretrained(weights, weights=False)
         checkpoint.check_same_architecture(found.config, config.model, where=weights)

@@ -130,32 +130,12 @@ def grid(folder: pathlib.Path) -> dict[int, list[float]]:
 
 
 def _measure(folder: pathlib.Path) -> dict[int, list[float]]:
-    import jax
-    import numpy as np
-
-    from jaxlib_methods import depth_reasoning
-    from jaxlib_methods.infer import restore
+    from jaxlib_methods.infer import restore, think_depth
     from jaxlib_methods.models import partitioning
 
     restored = restore.restore(str(folder), mesh=partitioning.make_mesh())
-    assert restored.config is not None
-    questions = restored.config.method_config.resolved()
-    model = questions.model(restored.config.model)
-    data = questions.dataset("validation")
-
-    @jax.jit
-    def right(batch: Any) -> Any:
-        path = depth_reasoning.trajectory(questions, model, restored.params, batch)
-        return depth_reasoning.correct(path.logits, batch.label)
-
-    found = np.zeros((questions.most_steps, 0))
-    size = 100
-    for begin in range(0, data.num_examples, size):
-        rows = data.rows(range(begin, begin + size))
-        found = np.concatenate([found, np.asarray(right(rows))[:, rows.where]], axis=1)
-    buckets = np.split(found, len(questions.values.eval_difficulties), axis=1)
-    names = questions.values.eval_difficulties
-    return {k: b.mean(axis=1).tolist() for k, b in zip(names, buckets, strict=True)}
+    found = think_depth.frontier(restored)
+    return dict(zip(found.difficulties, found.accuracy, strict=True))
 
 
 def spread(values: list[float]) -> str:

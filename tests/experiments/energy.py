@@ -165,7 +165,7 @@ def final(folder: str, root: pathlib.Path) -> float:
 
 
 def thought(folder: str, root: pathlib.Path, *, text: str = "", **fields: Any) -> Any:
-    """`infer.think_energy` on a run, kept beside it. text: other than the run's validation split."""
+    """`infer.think_energy` on a run, kept beside it. text: other than the run's validation set."""
     from jaxlib_methods.infer import restore
     from jaxlib_methods.infer import think_energy as think
     from jaxlib_methods.models import partitioning

@@ -342,8 +342,8 @@ def test_kernels_are_drawn_as_the_configuration_says():
     xavier = {"query": (2 / 512) ** 0.5, "key": (2 / 320) ** 0.5, "output": (2 / 512) ** 0.5}
     xavier |= dict.fromkeys(("up", "down"), (2 / 1024) ** 0.5)
     narrow = (2 / (5 * 256)) ** 0.5 * 0.98658  # which a cut at three deviations leaves
-    takase = dict.fromkeys(("query", "key", "value", "gate"), narrow)
-    takase |= dict.fromkeys(("output", "up", "down"), narrow * written)
+    takase = {name: narrow for name in ("query", "key", "value", "gate")}
+    takase |= {name: narrow * written for name in ("output", "up", "down")}
     for kind, deviations in (("scaled", scaled), ("xavier", xavier), ("takase", takase)):
         blocks = jax.jit(
             lambda key, kind=kind: partitioning.unbox(

@@ -89,10 +89,9 @@ def test_a_recurrent_folder_gives_weights_and_teaches(tmp_path, tiny, read_metri
 
 
 def test_a_depth_recurrence_run_is_a_language_model_where_it_learns_language():
-    for task, expected in (("language", True), ("reachability", False)):
-        config = RunConfig(
-            method="depth_recurrence", method_config=DepthRecurrenceConfig(task=task)
-        )
+    reasoning = DepthRecurrenceConfig(task="reachability")
+    for method_config, expected in ((DepthRecurrenceConfig(), True), (reasoning, False)):
+        config = RunConfig(method="depth_recurrence", method_config=method_config)
         assert checkpoint.is_language_model(config) is expected
     assert checkpoint.is_language_model(RunConfig(method="next_token"))
     assert not checkpoint.is_language_model(RunConfig(method="energy"))

@@ -172,11 +172,7 @@ def test_one_device_and_eight_train_alike(kind: str, mesh: str, capfd: pytest.Ca
     ("kind", "mesh"),
     [
         ("questions", "tensor"),
-        pytest.param(
-            "questions",
-            "fsdp",
-            marks=pytest.mark.xfail(reason="the gradient of two states per graph", strict=False),
-        ),
+        ("questions", "fsdp"),
         ("language", "sequence"),
     ],
 )
