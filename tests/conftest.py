@@ -8,7 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -25,6 +25,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 _ORACLE_MISSING = [
     name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Drops a file's compiled programs: each holds memory maps, and a process has 65,530 of them."""
+    yield
+    jax.clear_caches()
 
 
 def pytest_report_header() -> list[str]:
