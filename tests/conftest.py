@@ -29,7 +29,7 @@ _ORACLE_MISSING = [
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs() -> Iterator[None]:
-    """Drops a file's compiled programs: each holds memory maps, and a process has 65,530 of them."""
+    """Drops a file's compiled programs: they hold memory maps, of which a process has 65,530."""
     yield
     jax.clear_caches()
 
