@@ -162,17 +162,47 @@ class Processes:
 
 
 @pytest.fixture
-def processes(tiny, tmp_path, root, cache_folder):
-    config = tiny(tmp_path / "run", num_steps=2000, batch_size=8, every=3, eval_every=2000,
-                  schedule="constant", warmup_fraction=0.0, fsdp=4)  # fmt: skip
-    flagfile = tmp_path / "flags"
-    flagfile.write_text(flags.to_flagfile(config))
-    found = Processes(flagfile, tmp_path, root, cache_folder)
-    yield found
-    for process in found.started:
+def launcher(tmp_path, root, cache_folder):
+    """A configuration to the `Processes` that train it; whatever still runs is killed."""
+    made = []
+
+    def launch(config):
+        flagfile = tmp_path / "flags"
+        flagfile.write_text(flags.to_flagfile(config))
+        made.append(Processes(flagfile, tmp_path, root, cache_folder))
+        return made[-1]
+
+    yield launch
+    for process in [process for found in made for process in found.started]:
         if process.poll() is None:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def processes(tiny, tmp_path, launcher):
+    return launcher(tiny(tmp_path / "run", num_steps=2000, batch_size=8, every=3, eval_every=2000,
+                         schedule="constant", warmup_fraction=0.0, fsdp=4))  # fmt: skip
+
+
+def test_two_processes_draw_the_depths_of_one(tiny, tmp_path, launcher, read_metrics):
+    config = tiny(tmp_path / "pair", method="depth_recurrence", num_steps=5, batch_size=8, every=0,
+                  eval_every=5, num_layers=3, recurrence=4, fsdp=4)  # fmt: skip
+    processes = launcher(config)
+    pair = processes.start(2)
+    assert [process.wait(200) for process in pair] == [0, 0], processes.said(0)
+    (tmp_path / "alone").mkdir()
+    (alone,) = processes.start(1, f"--workdir={tmp_path / 'alone'}")
+    assert alone.wait(200) == 0, processes.said(0)
+    both, one = (
+        [line for line in read_metrics(tmp_path / name) if "train/loss" in line]
+        for name in ("pair", "alone")
+    )
+    depths = [line["train/iterations"] for line in both]
+    assert depths == [line["train/iterations"] for line in one]
+    assert len(set(depths)) > 1
+    for joined, expected in zip(both, one, strict=True):
+        assert joined["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
 
 
 def test_two_processes_are_stopped_then_killed_then_go_on_as_one(processes, tmp_path, read_metrics):
