@@ -186,13 +186,28 @@ def make_loss(
     ) -> tuple[jax.Array, Metrics]:
         where = batch.where
         inputs: dict[str, Any] = {"positions": batch.positions, "segments": batch.segments}
-        inputs["key"] = key
         frozen = jax.lax.stop_gradient(extra["teacher"])
         mine, its = (model.recurrence or None for model in (student, teacher))
         mine = mine if evaluate else None
         out = _Forward(
-            forward(student, params, batch.inputs, hidden_layer=block, num_steps=mine, **inputs),
-            forward(teacher, frozen, batch.inputs, hidden_layer=layer, num_steps=its, **inputs),
+            forward(
+                student,
+                params,
+                batch.inputs,
+                hidden_layer=block,
+                num_steps=mine,
+                key=key,
+                **inputs,
+            ),
+            forward(
+                teacher,
+                frozen,
+                batch.inputs,
+                hidden_layer=layer,
+                num_steps=its,
+                key=jax.random.fold_in(key, 1),
+                **inputs,
+            ),
         )
         nll = losses.masked_sum(
             losses.token_nll(out.student.logits, batch.targets, where=where), where=where

@@ -44,10 +44,14 @@ class Entry(NamedTuple):
 
 
 def _without_recurrence(model: TransformerConfig, config: Any) -> Baseline:
-    """The same blocks, each once: a plain language model; of questions, a block for each step."""
+    """The same parameters, each block once: the paper's non-recurrent twin (2502.05171).
+
+    Of questions, a block for each step.
+    """
     if config.task == "language":
-        plain = dataclasses.replace(model, recurrence=0, backprop_steps=None)
-        return Baseline("next_token", plain, next_token.NextTokenConfig())
+        once = {"recurrence": 1, "recurrence_sampling": "fixed", "backprop_steps": None}
+        twin = dataclasses.replace(model, **once)
+        return Baseline("next_token", twin, next_token.NextTokenConfig())
     return Baseline("depth_recurrence", model, dataclasses.replace(config, recurrence="untied"))
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.models.recurrent_depth import Reading, initial_state, iterate, predict, read
+from jaxlib_methods.models.transformer import REMAT_POLICIES
 
 SIGMA = 0.5  # of the logarithm of the rate, in `lognormal_poisson`
 
@@ -134,9 +135,9 @@ def _without_gradient(
     def body(_: Any, state: jax.Array) -> jax.Array:
         return iterate(cfg, frozen, state, reading)[0]
 
-    return jax.lax.stop_gradient(
-        jax.lax.fori_loop(0, num_steps, body, jax.lax.stop_gradient(state))
-    )
+    later = jax.lax.fori_loop(0, num_steps, body, jax.lax.stop_gradient(state))
+    # Without such an iteration the state is still what was given, with its gradient.
+    return jnp.where(jnp.asarray(num_steps) > 0, jax.lax.stop_gradient(later), state)
 
 
 def _with_gradient(
@@ -172,7 +173,7 @@ def _with_gradient(
     zero = jnp.zeros((), jnp.float32)
     carry = (state, None if tap is None else state, zero, zero)
     if cfg.remat != "none":
-        body = jax.checkpoint(body, prevent_cse=False)
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT_POLICIES[cfg.remat])
     (state, tapped, _, _), (changes, norms) = jax.lax.scan(body, carry, jnp.arange(window))
     return state, tapped, changes, norms
 

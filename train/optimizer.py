@@ -50,17 +50,19 @@ def decay_mask(params: Any) -> Any:
 def muon_dimensions(params: Any) -> Any:
     """What Muon orthogonalises: the blocks' kernels, as matrices of input by output features.
 
-    A leading axis of layers is a batch of matrices. Embeddings, head, norms and biases are None
-    and go to AdamW.
+    A leading axis of layers is a batch of matrices. The matrix by which a recurrent model's state
+    meets its input is one of them. Embeddings, head, norms and biases are None and go to AdamW.
     """
 
     def dimensions(path: Any, leaf: Any) -> MuonDimensionNumbers | None:
         names = [entry.key for entry in path]
-        if names[0] != "blocks" or names[-1] != "kernel":
+        if names[-1] != "kernel" or not {"blocks", "block", "adapter"} & set(names):
             return None
-        last = leaf.ndim - 1
-        inputs = (1, 2) if names[-2] == "output" else (1,)
-        outputs = (2, 3) if names[-2] in ("query", "key", "value") else (last,)
+        reads = names[-2] in ("query", "key", "value")
+        writes = names[-2] == "output"
+        first = leaf.ndim - (3 if reads or writes else 2)  # behind the axis of layers, if any
+        inputs = (first, first + 1) if writes else (first,)
+        outputs = (first + 1, first + 2) if reads else (leaf.ndim - 1,)
         return MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
     return jax.tree_util.tree_map_with_path(dimensions, params)

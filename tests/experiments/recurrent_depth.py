@@ -23,7 +23,7 @@ _STEPS = flags.DEFINE_integer("steps", 800, "Optimiser steps of a run.")
 _SEEDS = flags.DEFINE_multi_integer("seed", [0, 1, 2], "Seeds; repeatable.")
 
 # Arm -> fields of the model that differ from the first arm's. A step of `base` takes as many FLOPs
-# as one of 13 plain blocks; `plain` has its parameters.
+# as one of 13 plain blocks; `plain` has its blocks, `twin` its parameters, each used once.
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
     "fixed": {"recurrence_sampling": "fixed"},
@@ -32,9 +32,12 @@ ARMS: dict[str, dict[str, Any]] = {
     "pre_norm": {"block": "pre_norm"},
     "k1": {"backprop_steps": 1},
     "k8": {"backprop_steps": 8},
-    "plain": {"recurrence": 0, "backprop_steps": None},
-    "plain_flops": {"recurrence": 0, "backprop_steps": None, "num_layers": 13},
-}
+    "twin": {"recurrence": 1, "recurrence_sampling": "fixed", "backprop_steps": None},
+    "plain": {"recurrence": 0, "backprop_steps": None, "kernel_init": "scaled"},
+    "plain_flops": {
+        "recurrence": 0, "backprop_steps": None, "kernel_init": "scaled", "num_layers": 13,
+    },
+}  # fmt: skip
 RECURRENT = [name for name, fields in ARMS.items() if "recurrence" not in fields]
 PROMPTS, NEW_TOKENS = 8, 40
 SAMPLERS: dict[str, dict[str, Any]] = {

@@ -302,7 +302,7 @@ def test_masked_rows_may_hold_anything(task: str, objective: Any):
     )
     assert float(got) == float(expected)
     assert means(found) == means(metrics)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), slope, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), slope, wanted)
     judged = [means(call(cfg, "evaluate", rows)[1]) for rows in (batch, other)]
     assert judged[0] == judged[1]
     (empty, found), slope = call(cfg, "slope", other._replace(where=np.zeros(4, bool)))

@@ -180,7 +180,7 @@ def test_masked_targets_may_be_anything():
     (got, found), slope = compiled("slope")(params(), other, KEY)
     assert float(got) == float(expected)
     assert means(found) == means(metrics)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), slope, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), slope, wanted)
     judged = [means(compiled("evaluate")(params(), rows, KEY)[1]) for rows in (batch, other)]
     assert judged[0] == judged[1]
 
@@ -287,12 +287,15 @@ def test_the_baseline_of_language_is_the_same_blocks_once():
     )
     found = registry.baseline("depth_recurrence", full, CFG)
     assert (found.method, found.config) == ("next_token", next_token.NextTokenConfig())
-    assert found.model.recurrence == 0
-    for name in ("num_layers", "embed_dim", "num_heads", "mlp_size", "block", "tie_embeddings"):
-        assert getattr(found.model, name) == getattr(full, name), name
-    shapes = jax.eval_shape(lambda: language_model.init_params(found.model, jax.random.key(0)))
-    assert "blocks" in shapes
-    assert "core" not in shapes
+    shapes, of_full = (
+        jax.eval_shape(lambda model=model: language_model.init_params(model, jax.random.key(0)))
+        for model in (found.model, full)
+    )
+    assert jax.tree.map(jnp.shape, shapes) == jax.tree.map(jnp.shape, of_full)
+    assert recurrent_training.mean_steps(found.model) == (0.0, 1.0)
+    assert dataclasses.replace(found.model, recurrence=4, recurrence_sampling="uniform") == (
+        dataclasses.replace(full, recurrence=4, backprop_steps=None)
+    )
 
 
 @pytest.mark.parametrize("recurrence", ["gated", "tied"])

@@ -109,8 +109,8 @@ def test_gradient_is_that_of_the_last_iterations_from_a_constant():
         return jax.value_and_grad(truncated)(params, advance(params, start, n))
 
     (value, got), (wanted, want) = compiled(n + WINDOW)(PARAMS), by_hand(PARAMS)
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    assert_equal_trees(got, want, 1e-6)
+    np.testing.assert_allclose(value, wanted, rtol=1e-5)
+    assert_equal_trees(got, want, 1e-5)
     for part in ("prelude", "embedding", "adapter"):
         assert all(np.any(leaf != 0) for leaf in jax.tree.leaves(got[part]))
 
@@ -152,8 +152,8 @@ def test_one_program_serves_every_number_of_iterations():
         wanted, want = (
             compiled(r)(PARAMS) if r >= WINDOW else below_the_window(PARAMS)
         )  # fmt: skip
-        np.testing.assert_allclose(value, wanted, rtol=1e-6)
-        assert_equal_trees(got, want, 1e-6)
+        np.testing.assert_allclose(value, wanted, rtol=1e-5)
+        assert_equal_trees(got, want, 1e-5)
     for r in range(3, 9):
         any_number(PARAMS, np.int32(r))
     assert len(traces) == 1
@@ -186,8 +186,8 @@ def test_remat_changes_no_gradient():
     value, want = compiled(WINDOW)(PARAMS)
     run = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2), compiler_options=QUICK)
     got_value, got = run(PARAMS, WINDOW, changed(remat="dots"))
-    np.testing.assert_allclose(got_value, value, rtol=1e-6)
-    assert_equal_trees(got, want, 1e-6)
+    np.testing.assert_allclose(got_value, value, rtol=1e-5)
+    assert_equal_trees(got, want, 1e-5)
 
 
 # How many iterations.
@@ -392,3 +392,22 @@ def test_derived_numbers():
     assert changed(recurrence=3).trained_steps == 1
     assert changed(backprop_steps=5).trained_steps == 5
     assert changed(recurrence=0).unfolded_layers == 3
+
+
+@pytest.mark.parametrize("num_steps", [2, 3])
+def test_without_injection_the_prelude_learns_where_every_iteration_has_a_gradient(
+    num_steps: int,
+) -> None:
+    cfg = changed(injection="none", recurrence=4, backprop_steps=2)
+    params = partitioning.unbox(recurrent_depth.init_params(cfg, KEY))
+
+    def loss(params: Any, num_steps: Any) -> jax.Array:
+        out = forward(cfg, params, TOKENS, key=KEY, num_steps=num_steps)
+        return jnp.square(out.logits[..., : cfg.vocab_size]).mean()
+
+    fixed = jax.jit(lambda params: jax.grad(loss)(params, num_steps))(params)
+    drawn = jax.jit(jax.grad(loss))(params, jnp.int32(num_steps))
+    for found in (fixed, drawn):
+        size = sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(found["prelude"]))
+        assert (size > 0) == (num_steps == 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), fixed, drawn)

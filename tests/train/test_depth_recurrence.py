@@ -252,7 +252,7 @@ def test_what_a_run_is_compared_with(run_of: Any, tmp_path: Any):
     assert prepare.prepare(questions["baseline"]).method.flops_per_token > 0
     language = prepare.plan(run_of("language", tmp_path, compare=True))["baseline"]
     assert (language.method, language.method_config) == ("next_token", NextTokenConfig())
-    assert (language.model.recurrence, language.model.num_layers) == (0, 3)
+    assert (language.model.recurrence, language.model.recurrence_sampling) == (1, "fixed")
     assert prepare.prepare(language).method.flops_per_token > 0
     with pytest.raises(ValueError, match="the baseline depth_recurrence, which this run is itself"):
         prepare.plan(run_of("questions", tmp_path, compare=True, method_config=untied))

@@ -1,6 +1,7 @@
 """Schedules by hand, what decays, what Muon takes, and clipping."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -12,8 +13,9 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxlib_methods import energy
 from jaxlib_methods.energy_config import EnergyConfig
-from jaxlib_methods.models import partitioning
+from jaxlib_methods.models import depth_recurrent, partitioning, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.depth_recurrent_config import DepthRecurrentConfig
 from jaxlib_methods.models.transformer import init_params
 from jaxlib_methods.train.config import OptimizerConfig
 from jaxlib_methods.train.optimizer import (
@@ -223,3 +225,34 @@ def test_global_norm_by_hand():
     assert float(global_norm({"a": jnp.array([3.0]), "b": jnp.array([[4.0]])})) == 5.0
     assert float(global_norm([jnp.ones(301, jnp.bfloat16)])) == pytest.approx(301**0.5)
     assert float(global_norm({})) == 0.0
+
+
+@pytest.mark.parametrize("kind", ["language", "tied", "untied"])
+def test_muon_takes_the_kernels_of_models_that_are_recurrent_in_depth(kind: str):
+    if kind == "language":
+        model = TransformerConfig(num_layers=3, embed_dim=8, num_heads=2, mlp_dim=16, recurrence=2)
+        init: Any = functools.partial(recurrent_depth.init_params, model)
+    else:
+        trunk = TransformerConfig(embed_dim=8, num_heads=2, mlp_dim=16)
+        fields: dict[str, Any] = {"activation": "relu", "vocab_size": 5, "weights": kind}
+        cfg = DepthRecurrentConfig.of(trunk, max_steps=3, gate=kind == "tied", **fields)
+        init = functools.partial(depth_recurrent.init_params, cfg)
+    params = partitioning.unbox(jax.eval_shape(init, jax.random.key(0)))
+    is_leaf = lambda x: x is None or isinstance(x, MuonDimensionNumbers)  # noqa: E731
+    found = jax.tree.leaves_with_path(muon_dimensions(params), is_leaf=is_leaf)
+    shapes = {jax.tree_util.keystr(path): leaf.shape for path, leaf in
+              jax.tree.leaves_with_path(params)}  # fmt: skip
+    matrices = {}
+    for path, numbers in found:
+        if numbers is not None:
+            shape = shapes[jax.tree_util.keystr(path)]
+            names = [entry.key for entry in path]
+            matrices[names[-2]] = tuple(
+                math.prod(shape[axis] for axis in axes)
+                for axes in (numbers.reduction_axis, numbers.output_axis)
+            )
+    square = dict.fromkeys(("query", "key", "value", "output"), (8, 8))
+    expected: dict[str, Any] = {**square, "up": (8, 16), "down": (16, 8)}
+    expected |= {"gate": (8, 16), "adapter": (16, 8)} if kind == "language" else {}
+    expected |= {"gate": (16, 8)} if kind == "tied" else {}
+    assert matrices == expected
