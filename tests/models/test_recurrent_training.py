@@ -402,7 +402,7 @@ def test_without_injection_the_prelude_learns_where_every_iteration_has_a_gradie
     params = partitioning.unbox(recurrent_depth.init_params(cfg, KEY))
 
     def loss(params: Any, num_steps: Any) -> jax.Array:
-        out = forward(cfg, params, TOKENS, key=KEY, num_steps=num_steps)
+        out = forward(cfg, params, jnp.asarray(TOKENS), key=KEY, num_steps=num_steps)
         return jnp.square(out.logits[..., : cfg.vocab_size]).mean()
 
     fixed = jax.jit(lambda params: jax.grad(loss)(params, num_steps))(params)
