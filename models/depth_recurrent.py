@@ -19,7 +19,6 @@ from jaxlib_methods.models.depth_recurrent_config import DepthRecurrentConfig
 from jaxlib_methods.models.layers import (
     Attention,
     FeedForward,
-    Initializer,
     Norm,
     Rotation,
     Table,
@@ -57,20 +56,27 @@ def _fold(key: jax.Array | None, number: Depth) -> jax.Array | None:
 
 
 class _Linear(nn.Module):
-    """A linear map drawn like PyTorch's, uniform within 1 / sqrt(fan_in), with wide sums."""
+    """A linear map drawn like PyTorch's, uniform within 1 / sqrt(fan_in), with wide sums.
+
+    bias_init: what a new bias is instead.
+    """
 
     cfg: TransformerConfig
     sizes: tuple[int, int]
     names: tuple[str, str]
-    bias_init: float = 0.0
+    bias_init: float | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.compute_dtype)
-        draw: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        limit, constant = self.sizes[0] ** -0.5, self.bias_init
+
+        def draw(key: jax.Array, shape: Any, dtype: Any) -> jax.Array:
+            return jax.random.uniform(key, shape, dtype, -limit, limit)
+
         kernel = parameter(self, "kernel", draw, self.sizes, self.names, cfg)
-        constant = nn.initializers.constant(self.bias_init)
-        bias = parameter(self, "bias", constant, self.sizes[1:], self.names[1:], cfg)
+        draw_bias = draw if constant is None else nn.initializers.constant(constant)
+        bias = parameter(self, "bias", draw_bias, self.sizes[1:], self.names[1:], cfg)
         wide = jnp.promote_types(dtype, jnp.float32)
         y = jnp.dot(x.astype(dtype), kernel.astype(dtype), preferred_element_type=wide)
         return y + jnp.expand_dims(bias.astype(wide), range(y.ndim - 1))
@@ -208,23 +214,30 @@ def _endpoints(endpoints: jax.Array | None) -> jax.Array:
     return endpoints
 
 
-def _redraw(block: dict[str, Any], key: jax.Array) -> dict[str, Any]:
-    """The block with kernels drawn like PyTorch's, from which the published models start.
+def _redraw(cfg: DepthRecurrentConfig, block: dict[str, Any], key: jax.Array) -> dict[str, Any]:
+    """The block with kernels and biases drawn like PyTorch's, where the published models start.
 
-    Uniform within 1 / sqrt(fan_in); queries, keys and values within Xavier's
-    sqrt(6 / (fan_in + fan_out)).
+    Uniform within 1 / sqrt(fan_in). Attention without positions is a `MultiheadAttention` there:
+    queries, keys and values are one matrix within Xavier's sqrt(6 / (fan_in + 3 fan_out)), and the
+    biases of attention are 0.
     """
-    inputs = [("attention", name) for name in ("query", "key", "value")]
-    places = [*inputs, ("attention", "output"), ("mlp", "up"), ("mlp", "down")]
-    for place, own in zip(places, jax.random.split(key, len(places)), strict=True):
-        layer, name = place
-        box = block[layer][name]["kernel"]
-        shape = box.value.shape
+    fused = cfg.positions == "none"
+    places = [("attention", name) for name in ("query", "key", "value", "output")]
+    places += [("mlp", name) for name in ("up", "down")]
+    for (layer, name), own in zip(places, jax.random.split(key, len(places)), strict=True):
+        part = block[layer][name]
+        shape = part["kernel"].value.shape
         split = len(shape) - 1 if name == "output" else 1
         fan_in, fan_out = math.prod(shape[:split]), math.prod(shape[split:])
-        limit = (6 / (fan_in + fan_out)) ** 0.5 if place in inputs else fan_in**-0.5
-        draw = jax.random.uniform(own, shape, box.value.dtype, -limit, limit)
-        block[layer][name]["kernel"] = box.replace_boxed(draw)
+        of_fused = fused and name in ("query", "key", "value")
+        limits = {"kernel": (6 / (fan_in + 3 * fan_out)) ** 0.5 if of_fused else fan_in**-0.5}
+        if not (fused and layer == "attention"):
+            limits["bias"] = fan_in**-0.5
+        for i, (leaf, limit) in enumerate(limits.items()):
+            value = part[leaf].value
+            where = jax.random.fold_in(own, i)
+            draw = jax.random.uniform(where, value.shape, value.dtype, -limit, limit)
+            part[leaf] = part[leaf].replace_boxed(draw)
     return block
 
 
@@ -238,7 +251,7 @@ def init_params(cfg: DepthRecurrentConfig, key: jax.Array) -> dict:
     def one_block(key: jax.Array) -> dict[str, Any]:
         key_model, key_block = jax.random.split(key)
         params = dict(model.init(key_model, zeros, zeros)["params"])
-        return params | {"block": _redraw(dict(params["block"]), key_block)}
+        return params | {"block": _redraw(cfg, dict(params["block"]), key_block)}
 
     params = one_block(key)
     if cfg.weights == "tied":

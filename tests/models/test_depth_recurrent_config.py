@@ -31,26 +31,35 @@ def init(cfg: dr.DepthRecurrentConfig, key: jax.Array) -> dict:
     return partitioning.unbox(dr.init_params(cfg, key))
 
 
-def test_kernels_are_drawn_as_published():
+@pytest.mark.parametrize("positions", ["none", "rotary"])
+def test_parameters_are_drawn_as_published(positions: Any):
     model = dataclasses.replace(MODEL, embed_dim=32, mlp_dim=64)
-    cfg = dr.DepthRecurrentConfig.of(model, activation="relu", depth_embedding="small", **SIZES)
+    fields: dict[str, Any] = {"depth_embedding": "small", "positions": positions, **SIZES}
+    cfg = dr.DepthRecurrentConfig.of(model, activation="relu", **fields)
     params = jax.jit(functools.partial(init, cfg))(jax.random.key(0))
-    block = params["block"]
+    block, fused = params["block"], positions == "none"
+    attention, mlp = block["attention"], block["mlp"]
+    reads = 6 / (32 + 3 * 32) if fused else 1 / 32  # squares of the largest: three in one matrix
     limits = {
-        **{
-            name: (block["attention"][name]["kernel"], 0.0938) for name in ("query", "key", "value")
-        },
-        "output": (block["attention"]["output"]["kernel"], 1 / 32),
-        "up": (block["mlp"]["up"]["kernel"], 1 / 32),
-        "down": (block["mlp"]["down"]["kernel"], 1 / 64),
+        **{name: (attention[name]["kernel"], reads) for name in ("query", "key", "value")},
+        "output": (attention["output"]["kernel"], 1 / 32),
+        "up": (mlp["up"]["kernel"], 1 / 32),
+        "down": (mlp["down"]["kernel"], 1 / 64),
         "gate": (block["gate"]["kernel"], 1 / 64),
         "hidden": (params["readout_hidden"]["kernel"], 1 / 64),
-    }  # squares of the largest: 6 / (32 + 32) for the three, else 1 / fan_in
+    }
     for name, (kernel, square) in limits.items():
         largest = float(jnp.abs(kernel).max())
         assert 0.98 * math.sqrt(square) < largest <= 1.001 * math.sqrt(square), name
         assert float(kernel.std()) == pytest.approx(math.sqrt(square / 3), rel=0.06), name
     assert bool((block["gate"]["bias"] == -2.0).all())
+    biases = {"up": (mlp["up"]["bias"], 1 / 32), "down": (mlp["down"]["bias"], 1 / 64)}
+    biases["hidden"] = (params["readout_hidden"]["bias"], 1 / 64)
+    for name in ("query", "key", "value", "output"):
+        biases[name] = (attention[name]["bias"], 0.0 if fused else 1 / 32)
+    for name, (bias, square) in biases.items():
+        largest = float(jnp.abs(bias).max())
+        assert 0.8 * math.sqrt(square) <= largest <= 1.001 * math.sqrt(square), name
     assert float(params["depth_embedding"]["table"].std()) == pytest.approx(0.02, rel=0.1)
     assert float(params["embedding"]["table"].std()) == pytest.approx(1.0, rel=0.1)
 
@@ -86,7 +95,8 @@ def test_the_published_graph_model_has_205441_parameters():
     assert untied["block"] == 20 * sizes(cfg)["block"]
 
 
-# The paper's claim of stability, as numbers of a new model (no training).
+# The paper's claim of stability, as numbers of a new model (no training). Without its remedies the
+# gradient grows 3 to 4 times; with queries, keys and values drawn as three matrices 5 to 7 times.
 
 NODES, STEPS = 12, 24
 HIGHWAY = dr.DepthRecurrentConfig.of(
@@ -148,13 +158,13 @@ def test_the_gate_and_the_layer_scale_make_a_gradient_highway():
     both, gate_alone, half_open = geometric_means(ratios)
     assert 0.9 < both < 1.15
     assert 0.5 < gate_alone < 3.5
-    assert half_open > 4
+    assert half_open > 3
     assert bool(((gates[:2] > 0.10) & (gates[:2] < 0.16)).all())
 
 
 def test_without_a_gate_gradients_grow_or_vanish():
     one = jnp.ones(1)
-    assert geometric_means(highway(False, "pre")(new_models(), one, one)[0]) > 4
+    assert geometric_means(highway(False, "pre")(new_models(), one, one)[0]) > 3
     assert geometric_means(highway(False, "post")(new_models(), one, one)[0]) < 0.05
 
 
