@@ -65,6 +65,26 @@ class StatefulLossFn(Protocol):
     ) -> tuple[jax.Array, Metrics, Any]: ...
 
 
+class CollectFn(Protocol):
+    """`collect(params, extra, batch, state, *, step, key) -> (batch, new state, metrics)`.
+
+    What a step does before its gradient, and without one: rollouts, scores, a moving average of
+    the parameters. It sees the whole batch; the loss gets what it gives, in micro-batches, so
+    every field of it must have the batch's rows in front.
+    """
+
+    def __call__(
+        self,
+        params: Params,
+        extra: Extra,
+        batch: Any,
+        state: Any,
+        *,
+        step: jax.Array,
+        key: jax.Array,
+    ) -> tuple[Any, Any, Metrics]: ...
+
+
 class Dataset(Protocol):
     """Examples by global index; the loop asks for nothing else.
 
@@ -134,6 +154,7 @@ class Method:
         `then` contains nothing of this method, and `extra` is freed.
     init_state: key -> what a step changes beside the parameters (EBT: the replay buffer), boxed
         like them and part of every checkpoint.
+    collect: see `CollectFn`. The method's state is then its own, and the loss is a `LossFn`.
     evaluate: what validation computes; None: the loss. A method with a state must give it.
     rows_multiple: the rows of a micro-batch on each device must be a multiple of it.
     rate_factors: top-level name of parameters -> factor on their learning rate.
@@ -149,6 +170,7 @@ class Method:
     until: int | None = None
     then: "Method | None" = None
     init_state: Callable[[jax.Array], Any] | None = None
+    collect: CollectFn | None = None
     evaluate: LossFn | None = None
     rows_multiple: int = 1
     rate_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -215,6 +215,7 @@ class _Loop:
             self._optimizer,
             self._schedule,
             self._abstract,
+            collect=self._method.collect,
             num_microbatches=self._config.train.num_microbatches,
         )
         self._eval_step = train_step.make_eval_step(self._method)

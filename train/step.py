@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxlib_methods.method import LossFn, Method, Metrics
+from jaxlib_methods.method import CollectFn, LossFn, Method, Metrics
 from jaxlib_methods.train.optimizer import global_norm
 from jaxlib_methods.train.state import TrainState, shardings_of
 
@@ -85,28 +85,42 @@ def make_train_step(
     schedule: optax.Schedule,
     abstract: TrainState,
     *,
+    collect: CollectFn | None = None,
     num_microbatches: int = 1,
 ) -> TrainStep:
     """`step(state, extra, batch, key) -> (state, metrics)`, jitted; the state is donated.
 
     The loss gets the run's key folded with the step, so that a restart draws what an unbroken run
-    would have drawn. Adds the metrics `gradient_norm` (before clipping), `parameter_norm` (after
+    would have drawn; `collect` gets another one. Adds the metrics `gradient_norm` (before clipping), `parameter_norm` (after
     the step) and `learning_rate`.
     """
 
     def train_step(
         state: TrainState, extra: Any, batch: Any, key: jax.Array
     ) -> tuple[TrainState, Metrics]:
-        grads, metrics, method_state = loss_and_gradients(
+        key = jax.random.fold_in(key, state.step)
+        method_state, collected = state.method_state, {}
+        if collect is not None:
+            batch, method_state, collected = collect(
+                state.params,
+                extra,
+                batch,
+                method_state,
+                step=state.step,
+                key=jax.random.fold_in(key, 1),
+            )
+        grads, metrics, after = loss_and_gradients(
             loss,
             state.params,
             extra,
             batch,
             step=state.step,
-            key=jax.random.fold_in(key, state.step),
+            key=key,
             num_microbatches=num_microbatches,
-            state=state.method_state,
+            state=method_state if collect is None else (),
         )
+        method_state = after if collect is None else method_state
+        metrics |= collected
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
         one = jnp.ones(())

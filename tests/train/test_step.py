@@ -146,6 +146,34 @@ def test_the_train_step_keeps_the_state_and_validation_has_none():
     assert metrics.keys() == {"loss", "draw", "step"}
 
 
+def test_what_a_step_collects_is_what_its_micro_batches_get():
+    def collect(params, extra, batch, state, *, step, key):
+        """Rows 1, 3 are left out; the state is a moving copy of the parameters."""
+        del extra, key
+        where = batch.where & (jnp.arange(4) % 2 == 0)[:, None]
+        new = {"copy": jnp.where(step == 0, params["kernel"], state["copy"] / 2)}
+        return batch._replace(where=where), new, {"kept": (where.sum() * 1.0, jnp.ones(()))}
+
+    optimizer = optax.sgd(1.0)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params = {"kernel": jnp.full(3, 5.0)}
+    state = train_state.TrainState(
+        jnp.int32(0), params, optimizer.init(params), {"copy": jnp.zeros(3)}
+    )
+    abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), state
+    )
+    step = make_train_step(
+        toy_loss, optimizer, lambda step: 0.0 * step, abstract, collect=collect, num_microbatches=2
+    )
+    for kernel, copy in ((4.0, 5.0), (3.0, 2.5)):
+        state, metrics = step(state, (), make_batch([7, 1, 2, 5]), jax.random.key(0))
+        assert [float(x) for x in metrics["loss"]] == [9, 9]
+        assert float(metrics["kept"][0]) == 9
+        np.testing.assert_array_equal(state.params["kernel"], np.full(3, kernel))
+        np.testing.assert_array_equal(state.method_state["copy"], np.full(3, copy))
+
+
 def make_toy(num_microbatches=1):
     optimizer = optax.sgd(1.0)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
