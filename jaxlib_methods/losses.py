@@ -42,6 +42,31 @@ def token_nll(logits: jax.Array, labels: jax.Array, *, where: jax.Array | None =
     return nll if where is None else jnp.where(where, nll, 0.0)
 
 
+def token_entropy(
+    logits: jax.Array, *, top_k: int | None = None, where: jax.Array | None = None
+) -> jax.Array:
+    """Entropy of each prediction, by which RPT (arXiv 2506.08007) and RMT choose tokens.
+
+        H_t = -sum_v p_tv log p_tv,   p_t = softmax(z_t)
+
+    With `top_k` over the k likeliest tokens alone, renormalised (RPT: 16). The logits at t predict
+    token t + 1. logits: `[B, L, V]`, a masked vocabulary padding counts nothing; where: bool
+    `[B, L]`, False gives 0 and no gradient. Returns `[B, L]` nats, float32 or better.
+
+    >>> import jax.numpy as jnp
+    >>> bool(jnp.allclose(token_entropy(jnp.zeros((1, 1, 8))), jnp.log(8.0)))
+    True
+    """
+    logits = _wide(_keep(logits, where))
+    if top_k is not None:
+        logits = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0]
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    probs = jnp.exp(log_probs)
+    # A masked score may be minus infinity, and 0 times it is not 0.
+    entropy = -jnp.sum(probs * jnp.where(probs > 0, log_probs, 0.0), axis=-1)
+    return entropy if where is None else jnp.where(where, entropy, 0.0)
+
+
 def masked_sum(values: jax.Array, *, where: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Reduces per-token values to (sum, count), the pair that averages correctly.
 

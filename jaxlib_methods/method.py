@@ -33,6 +33,21 @@ class Batch(NamedTuple):
     where: jax.Array
 
 
+class TieredBatch(NamedTuple):
+    """A `Batch` that knows how hard its targets are. Every field is `[B, L]`.
+
+    tier: int8, of the target: an index of `curriculum.TIERS`, -1 for none. The others as in
+    `Batch`.
+    """
+
+    inputs: jax.Array
+    targets: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    where: jax.Array
+    tier: jax.Array
+
+
 class LossFn(Protocol):
     """`loss(params, extra, batch, *, step, key) -> (scalar, metrics)`.
 

@@ -60,6 +60,34 @@ def test_temperature_divides_the_logits_of_the_teacher_only():
     np.testing.assert_allclose(got, [[want]], rtol=1e-6)
 
 
+def test_token_entropy_by_hand():
+    # (1/4, 3/4), uniform, and all on one token.
+    got = losses.token_entropy(log_of(1.0, 3.0))
+    np.testing.assert_allclose(got, [[0.25 * math.log(4.0) + 0.75 * math.log(4 / 3)]], rtol=1e-6)
+    np.testing.assert_allclose(losses.token_entropy(jnp.ones((1, 1, V))), [[math.log(V)]])
+    assert losses.token_entropy(100 * jnp.eye(V)[None, :1]).tolist() == [[0.0]]
+    # Of the two likeliest tokens: (1/4, 3/4) again. More than all are all.
+    two = losses.token_entropy(log_of(1.0, 0.5, 3.0), top_k=2)
+    np.testing.assert_allclose(two, got, rtol=1e-6)
+    all_of_them = losses.token_entropy(log_of(1.0, 0.5, 3.0), top_k=16)
+    np.testing.assert_allclose(all_of_them, losses.token_entropy(log_of(1.0, 0.5, 3.0)))
+
+
+@pytest.mark.parametrize("score", [-1e30, -jnp.inf])
+@pytest.mark.parametrize("top_k", [None, 5, 9])
+def test_the_entropy_of_a_padded_vocabulary_is_that_of_the_real_one(score, top_k):
+    entropy = functools.partial(losses.token_entropy, top_k=top_k)
+    padded = jnp.pad(LOGITS, ((0, 0), (0, 0), (0, 4)), constant_values=score)
+    values, slope = jax.vjp(entropy, padded)
+    want, want_slope = jax.vjp(entropy, jnp.asarray(LOGITS))
+    np.testing.assert_allclose(values, want, rtol=1e-6)
+    (got,), (exact,) = slope(jnp.ones_like(values)), want_slope(jnp.ones_like(values))
+    np.testing.assert_allclose(got[..., :V], exact, rtol=1e-5, atol=1e-7)
+    assert not got[..., V:].any()
+    # The opposite: a token that counts.
+    assert not np.isclose(entropy(padded.at[..., -1].set(1.0)), want).any()
+
+
 def test_cosine_similarity_by_hand():
     # (3, 4) and (0, 2): 8 / (5 * 2); and (3, 4) and (-4, 2): -4 / (5 sqrt 20).
     a, b = jnp.array([[[3.0, 4.0]] * 2]), jnp.array([[[0.0, 2.0], [-4.0, 2.0]]])
@@ -208,6 +236,7 @@ def test_losses_of_bfloat16_are_computed_in_float32():
     vector, other = (jnp.array([[x]], jnp.bfloat16) for x in ([3.0, 4.0], [0.0, 2.0]))
     for got, want in [
         (token_nll(logits, jnp.array([[1]])), math.log(2.0)),
+        (losses.token_entropy(logits), math.log(2.0)),
         (soft_cross_entropy(logits, logits), math.log(2.0)),
         (cosine_similarity(vector, other), 0.8),
         (alignment(vector, other), -0.8),
@@ -236,8 +265,20 @@ def _alignment(student: Any, teacher: Any, where: Any = None) -> jax.Array:
     return losses.alignment(student, teacher, where=where)
 
 
+def _entropy(logits: Any, labels: Any, where: Any = None) -> jax.Array:
+    del labels  # has none
+    return losses.token_entropy(logits, where=where)
+
+
+def _top_entropy(logits: Any, labels: Any, where: Any = None) -> jax.Array:
+    del labels
+    return losses.token_entropy(logits, top_k=3, where=where)
+
+
 LOSSES = {
     "token_nll": (_nll, LOGITS, LABELS, False),
+    "token_entropy": (_entropy, LOGITS, LABELS, False),
+    "token_entropy of 3": (_top_entropy, LOGITS, LABELS, False),
     "soft_cross_entropy": (_soft, LOGITS, TEACHER_LOGITS, True),
     "cosine_similarity": (_cosine, STATE, TEACHER, False),
     "alignment": (_alignment, STATE, WIDE_TEACHER, True),
