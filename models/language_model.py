@@ -38,17 +38,24 @@ def forward(
     hidden_layer: int | Literal["final"] | None = None,
     key: jax.Array,
     num_steps: jax.Array | int | None = None,
+    num_logits: int | None = None,
 ) -> Trained:
     """The model on whole sequences, int32 `[B, L]`.
 
     A recurrent model draws its number of iterations and its first state from `key`; num_steps
-    sets the number instead. A plain model reads neither.
+    sets the number instead. A plain model reads neither. num_logits: see `transformer.Transformer`.
+    Raises ValueError where a recurrent model is asked for fewer logits than it has tokens.
     """
     arguments: dict[str, Any] = {"positions": positions, "segments": segments}
     arguments["hidden_layer"] = hidden_layer
     if not cfg.recurrence:
-        out = transformer.forward(cfg, params, inputs, **arguments)
+        out = transformer.forward(cfg, params, inputs, num_logits=num_logits, **arguments)
         return Trained(out.logits, out.hidden)
+    if num_logits is not None:
+        raise ValueError(
+            f"num_logits {num_logits} is for plain transformers; a model of recurrence "
+            f"{cfg.recurrence} gives all logits: leave it None"
+        )
     steps_key, state_key = jax.random.split(key)
     steps = recurrent_training.draw_steps(cfg, steps_key) if num_steps is None else num_steps
     out = recurrent_training.forward(

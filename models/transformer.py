@@ -55,8 +55,9 @@ class KVCache(NamedTuple):
 class Outputs(NamedTuple):
     """What a forward pass gives.
 
-    logits: `[B, L, V]`, float32 or better, V the padded vocabulary, padding masked.
-    hidden: `[B, L, D]`, the layer that was asked for, or None. cache: the new cache, or None.
+    logits: `[B, L, V]`, or of the last tokens that were asked for; float32 or better, V the padded
+    vocabulary, padding masked. hidden: `[B, L, D]`, the layer that was asked for, or None. cache:
+    the new cache, or None.
     """
 
     logits: jax.Array
@@ -78,6 +79,7 @@ class Transformer(nn.Module):
         segments: jax.Array | None = None,
         hidden_layer: int | Literal["final"] | None = None,
         cache: KVCache | None = None,
+        num_logits: int | None = None,
     ) -> Outputs:
         """Runs the trunk.
 
@@ -86,13 +88,19 @@ class Transformer(nn.Module):
         the tokens of its own segment whose position is not after its own.
         hidden_layer: k returns the residual stream after block k (0: the embedding), "final" the
         state after the final norm. cache: appends the tokens and attends to what it holds.
-        Raises ValueError for a hidden layer that does not exist.
+        num_logits: gives the logits of the last so many tokens alone, of all where None.
+        Raises ValueError for a hidden layer that does not exist or an impossible num_logits.
         """
         cfg = self.cfg
         if hidden_layer not in (None, "final", *range(cfg.num_layers + 1)):
             raise ValueError(
                 f"hidden_layer {hidden_layer!r} does not exist; choose 0 to {cfg.num_layers}, "
                 "or 'final'"
+            )
+        if num_logits is not None and not 1 <= num_logits <= inputs.shape[1]:
+            raise ValueError(
+                f"num_logits {num_logits} is impossible for {inputs.shape[1]} tokens; choose 1 to "
+                f"{inputs.shape[1]}, or None"
             )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
@@ -115,6 +123,8 @@ class Transformer(nn.Module):
             assert kv is not None
             new_cache = KVCache(*kv, keys_positions, keys_segments, new_length)
         hidden = x if hidden_layer == "final" else tap
+        if num_logits is not None:
+            x = x[:, -num_logits:]
         return Outputs(self._logits(x, table), hidden, new_cache)
 
     def _embed(self, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -238,6 +248,7 @@ def forward(
     segments: jax.Array | None = None,
     hidden_layer: int | Literal["final"] | None = None,
     cache: KVCache | None = None,
+    num_logits: int | None = None,
 ) -> Outputs:
     """`Transformer(cfg)` as a function of its parameters; see `Transformer.__call__`."""
     outputs = Transformer(cfg).apply(
@@ -247,5 +258,6 @@ def forward(
         segments=segments,
         hidden_layer=hidden_layer,
         cache=cache,
+        num_logits=num_logits,
     )
     return cast(Outputs, outputs)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods import flops
-from jaxlib_methods.models import partitioning
+from jaxlib_methods.models import language_model, partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.layers import Block, Norm, rotation
 from jaxlib_methods.models.transformer import forward, init_params
@@ -196,6 +196,47 @@ def test_padded_vocabulary_is_masked():
     assert bool(jnp.isfinite(out).all())
     assert jnp.all(jax.nn.softmax(out, axis=-1)[..., 61:] == 0)
     assert bool(jnp.all(jnp.argmax(out, axis=-1) < 61))
+
+
+# The last logits alone.
+
+
+@pytest.mark.parametrize("cfg", [BASE, LEARNED], ids=["head", "tied"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_last_logits_are_those_of_a_whole_pass(cfg, count):
+    whole = eager(cfg, hidden_layer="final")
+    last = eager(cfg, hidden_layer="final", num_logits=count)
+    assert last.logits.shape == (2, count, 128)
+    np.testing.assert_allclose(last.logits, whole.logits[:, L - count :], atol=1e-5)
+    assert jnp.array_equal(last.hidden, whole.hidden)  # of all tokens
+
+
+def test_logits_that_are_not_asked_for_cost_nothing():
+    def cost(num_logits: int | None) -> float:
+        ask = functools.partial(forward, BASE, num_logits=num_logits)
+        return flops.count_dot_flops(lambda params: ask(params, TOKENS).logits, params_of(BASE))
+
+    # Rows, width and vocabulary: two FLOPs each.
+    assert cost(None) - cost(3) == (L - 3) * 2 * 2 * 10 * 128
+
+
+@pytest.mark.parametrize("count", [0, -1, L + 1])
+def test_an_impossible_number_of_logits_is_refused(count):
+    message = f"num_logits {count} is impossible for {L} tokens; choose 1 to {L}, or None"
+    with pytest.raises(ValueError, match=message):
+        forward(BASE, {}, TOKENS, num_logits=count)
+
+
+def test_a_language_model_passes_the_number_of_logits_on_or_refuses_it():
+    run: Any = functools.partial(language_model.forward, key=jax.random.key(0), num_logits=2)
+    with jax.disable_jit():
+        got = run(BASE, params_of(BASE), TOKENS).logits
+    np.testing.assert_allclose(got, eager(BASE).logits[:, -2:], atol=1e-5)
+    recurrent = dataclasses.replace(BASE, recurrence=4)
+    with pytest.raises(
+        ValueError, match=r"num_logits 2 is for plain transformers; .* recurrence 4"
+    ):
+        run(recurrent, {}, TOKENS)
 
 
 # Parameters.

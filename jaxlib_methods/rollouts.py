@@ -1,0 +1,350 @@
+"""Rollouts: a model thinks, closes its thought and answers, several times for each prompt.
+
+A response is `thought, close, answer`; the prompt ends with what opens the thought. `roll_out`
+samples with a key-value cache. `response_log_probs` scores the same tokens in one differentiable
+pass, `target_log_probs` and `prefix_log_probs` a given token, with and without the thought before
+it. Here `apply` takes `num_logits` too, in passes without a cache (see `models.transformer`).
+"""
+
+# Dimension key: N prompts, G rollouts of each, B = N G rows, P padded prompt, R response slots,
+# A answer slots, W tokens of a pass, V padded vocabulary.
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlib_methods.losses import token_nll
+from jaxlib_methods.models.decoding import Apply, DecodeState, next_logits, prefill
+from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.transformer import KVCache
+from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
+
+
+class Tokens(NamedTuple):
+    """Ids of the tokens with a meaning, ints or int32 scalars.
+
+    think opens a thought (the last of a prompt, or in its template), close ends it. end: ends an
+    answer; -1 where it has a fixed length. pad: written behind a response.
+    """
+
+    think: jax.Array | int
+    close: jax.Array | int
+    end: jax.Array | int
+    pad: jax.Array | int
+
+
+class Rollouts(NamedTuple):
+    """Responses to N prompts, G to each.
+
+    tokens: int32 `[N, G, R]`, thought, close, answer, then padding.
+    where: bool `[N, G, R]`, what was sampled, neither forced nor padding: a policy's loss is of it.
+    log_probs: float32 `[N, G, R]`, nats, of the sampled tokens at the temperature they were
+    sampled with, over the whole vocabulary; 0 elsewhere.
+    lengths: int32 `[N, G]`, tokens of the response. thought_lengths: int32 `[N, G]`, before close.
+    closed: bool `[N, G]`, whether the model itself sampled close.
+    answers: int32 `[N, G, A]`, padded; answer_lengths: int32 `[N, G]`; both without `end`.
+    """
+
+    tokens: jax.Array
+    where: jax.Array
+    log_probs: jax.Array
+    lengths: jax.Array
+    thought_lengths: jax.Array
+    closed: jax.Array
+    answers: jax.Array
+    answer_lengths: jax.Array
+
+
+class _Progress(NamedTuple):
+    """state: of the B rows. log_probs: `[B, R]`. close_at: int32 `[B]`, -1 while a row thinks."""
+
+    state: DecodeState
+    log_probs: jax.Array
+    close_at: jax.Array
+
+
+def roll_out(
+    apply: Apply,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    *,
+    cache: KVCache,
+    num_rollouts: int,
+    max_thought: int,
+    max_answer: int,
+    temperature: jax.Array | float,
+    tokens: Tokens,
+    force_close: bool,
+    key: jax.Array,
+) -> Rollouts:
+    """Samples `num_rollouts` responses to each prompt, of R = max_thought + 1 + max_answer slots.
+
+    prompts: int32 `[N, P]`, left-padded; lengths: int32 `[N]`, at least 1. cache: empty, for N
+    rows, of at least P + R - 1 slots; each prompt is read once, then its cache is repeated.
+
+    The first close ends the thought. After `max_thought` tokens without one, `force_close` puts it
+    there unsampled and the model answers; otherwise the response is over. The answer ends after
+    `end`, or after `max_answer` tokens, of which `end` is one; 0 stops at close. An answer may hold
+    any token, close too. temperature: divides the logits; 0 takes the likeliest token and gives
+    log-probabilities of temperature 1.
+
+    Row (n, g) draws its token t with `fold_in(fold_in(fold_in(key, n), g), t)`. Temperature, ids,
+    lengths and key are data, not compiled in. Nothing here has a gradient. Raises ValueError for
+    impossible sizes.
+    """
+    _check(prompts, cache, num_rollouts, max_thought, max_answer, force_close)
+    (N, _), G, R = prompts.shape, num_rollouts, max_thought + 1 + max_answer
+    tokens = Tokens(*(jnp.asarray(token, jnp.int32) for token in tokens))
+    params = jax.lax.stop_gradient(params)
+    state = prefill(apply, params, prompts, lengths, cache=cache, max_new_tokens=R)
+    fold = jax.vmap(jax.random.fold_in, (None, 0))
+    keys = jax.vmap(fold, (0, None))(fold(key, jnp.arange(N)), jnp.arange(G)).reshape(N * G)
+
+    def draw(logits: jax.Array, row_key: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.categorical(jax.random.fold_in(row_key, step), logits)
+
+    def advance(progress: _Progress) -> _Progress:
+        logits, new_cache = next_logits(apply, params, progress.state)
+        tempered = temper(logits, temperature)
+        drawn = jax.vmap(draw, (0, 0, None))(tempered, keys, progress.state.step)
+        greedy = jnp.asarray(temperature) <= 0
+        drawn = jnp.where(greedy, jnp.argmax(tempered, axis=-1), drawn).astype(jnp.int32)
+        progress = progress._replace(state=progress.state._replace(cache=new_cache))
+        log_prob = -token_nll(tempered, drawn)
+        return _append(progress, drawn, log_prob, tokens, max_thought, max_answer, force_close)
+
+    progress = jax.lax.while_loop(
+        lambda progress: (progress.state.step < R) & ~progress.state.done.all(),
+        advance,
+        _Progress(
+            _repeat(state, G), jnp.zeros((N * G, R), jnp.float32), jnp.full((N * G,), -1, jnp.int32)
+        ),
+    )
+    flat = _collect(progress, tokens.pad, tokens.end, max_thought, max_answer)
+    return Rollouts(*(x.reshape(N, G, *x.shape[1:]) for x in flat))
+
+
+def _check(
+    prompts: jax.Array,
+    cache: KVCache,
+    num_rollouts: int,
+    max_thought: int,
+    max_answer: int,
+    force_close: bool,
+) -> None:
+    if num_rollouts < 1:
+        raise ValueError(f"num_rollouts {num_rollouts} must be at least 1")
+    if max_thought < 0 or max_answer < 0:
+        raise ValueError(
+            f"max_thought {max_thought} and max_answer {max_answer} must be at least 0"
+        )
+    if max_thought == 0 and not force_close:
+        raise ValueError("max_thought 0 samples nothing; give at least 1, or force_close")
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"rollouts repeat a KVCache, not a {type(cache).__name__}")
+    if cache.positions.shape[0] != prompts.shape[0]:
+        raise ValueError(
+            f"a cache for {cache.positions.shape[0]} rows does not fit {prompts.shape[0]} prompts; "
+            "give one row to each prompt, not to each rollout"
+        )
+
+
+def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """Logits `[..., V]` over the temperature, up to a constant; 0 and less count as 1.
+
+    Padding of the vocabulary stays out of reach, which a high temperature would make likely; the
+    largest becomes 0, so that a tiny one cannot overflow.
+
+    >>> import jax.numpy as jnp
+    >>> temper(jnp.array([1.0, 3.0]), 0.5).tolist()
+    [-4.0, 0.0]
+    """
+    divisor = jnp.asarray(temperature, logits.dtype)
+    divisor = jnp.where(divisor > 0, divisor, 1)
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    return jnp.where(logits > 0.5 * MASKED_SCORE, (logits - top) / divisor, MASKED_SCORE)
+
+
+def _repeat(state: DecodeState, times: int) -> DecodeState:
+    """Each row `times` times, one after the other, placed as a batch."""
+
+    def rows(x: jax.Array) -> jax.Array:
+        return constrain(jnp.repeat(x, times, axis=0), "batch", *(None,) * (x.ndim - 1))
+
+    def layers(x: jax.Array) -> jax.Array:
+        x = jnp.repeat(x, times, axis=1)
+        return constrain(x, "layers", "batch", None, "kv_heads", None)
+
+    keys, values, positions, segments, length = state.cache
+    return DecodeState(
+        cache=KVCache(layers(keys), layers(values), rows(positions), rows(segments), length),
+        last=rows(state.last),
+        positions=rows(state.positions),
+        tokens=rows(state.tokens),
+        lengths=rows(state.lengths),
+        done=rows(state.done),
+        step=state.step,
+    )
+
+
+def _append(
+    progress: _Progress,
+    drawn: jax.Array,
+    log_prob: jax.Array,
+    tokens: Tokens,
+    max_thought: int,
+    max_answer: int,
+    force_close: bool,
+) -> _Progress:
+    """Writes the tokens of a step: drawn `[B]`, unless close is due or the row is done."""
+    state, log_probs, close_at = progress
+    step = state.step
+    thinking = close_at < 0
+    forced = thinking & (step == max_thought)  # without force_close, no row comes this far
+    new = jnp.where(forced, tokens.close, drawn)
+    new = jnp.where(state.done, tokens.pad, new)
+    closes = thinking & ~state.done & (new == tokens.close)
+    close_at = jnp.where(closes, step, close_at)
+    over = (close_at >= 0) & (step - close_at == max_answer)
+    over |= ~thinking & (new == tokens.end)
+    if not force_close:
+        over |= (close_at < 0) & (step + 1 == max_thought)
+    log_prob = jnp.where(state.done | forced, 0, log_prob).astype(log_probs.dtype)
+    write = jax.lax.dynamic_update_slice_in_dim
+    state = state._replace(
+        last=new,
+        positions=state.positions + 1,
+        tokens=write(state.tokens, new[:, None], step, axis=1),
+        lengths=state.lengths + ~state.done,
+        done=state.done | over,
+        step=step + 1,
+    )
+    return _Progress(state, write(log_probs, log_prob[:, None], step, axis=1), close_at)
+
+
+def _collect(
+    progress: _Progress, pad: Any, end: Any, max_thought: int, max_answer: int
+) -> Rollouts:
+    """What became of the B rows; all without the axis of rollouts."""
+    state, log_probs, close_at = progress
+    slot = jnp.arange(log_probs.shape[1])[None]
+    written = slot < state.lengths[:, None]
+    # Steps that an early end left out were never written.
+    tokens = jnp.where(written, state.tokens, pad)
+    ended, forced = close_at >= 0, close_at == max_thought
+    begin, place = close_at + 1, jnp.arange(max_answer)[None]
+    answers = jnp.take_along_axis(tokens, begin[:, None] + place, axis=1)
+    counted = ended[:, None] & (place < (state.lengths - begin)[:, None]) & (answers != end)
+    return Rollouts(
+        tokens=tokens,
+        where=written & ~(forced[:, None] & (slot == max_thought)),
+        log_probs=log_probs,
+        lengths=state.lengths,
+        thought_lengths=jnp.where(ended, close_at, state.lengths),
+        closed=ended & ~forced,
+        answers=jnp.where(counted, answers, pad),
+        answer_lengths=counted.sum(axis=1, dtype=jnp.int32),
+    )
+
+
+def response_log_probs(
+    apply: Apply,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    rollouts: Rollouts,
+    *,
+    temperature: jax.Array | float,
+) -> jax.Array:
+    """Log-probabilities of the sampled tokens in one pass over prompts and responses.
+
+    prompts: int32 `[N, P]`, left-padded; lengths: int32 `[N]`. Returns `[N, G, R]` nats, float32 or
+    better, at the temperature (0 counts as 1); 0 and no gradient where nothing was sampled. With
+    the parameters that sampled it is `rollouts.log_probs`.
+    """
+    N, G, R = rollouts.tokens.shape
+    P = prompts.shape[1]
+    labels = rollouts.tokens.reshape(N * G, R)
+    rows = jnp.concatenate([jnp.repeat(prompts, G, axis=0), labels], axis=1)
+    begin = P - jnp.repeat(lengths, G)
+    end = P + rollouts.lengths.reshape(N * G)
+    # Column P - 1 predicts the first token of the response; the last column predicts none.
+    logits = _logits(apply, params, rows, begin, end, num_logits=R + 1)[:, :-1]
+    where = rollouts.where.reshape(N * G, R)
+    nll = token_nll(temper(logits, temperature), labels, where=where)
+    return -nll.reshape(N, G, R)
+
+
+def target_log_probs(
+    apply: Apply,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    rollouts: Rollouts,
+    target: jax.Array,
+    *,
+    tokens: Tokens,
+) -> jax.Array:
+    """Log-probability of one token after each thought (RLP, arXiv 2510.01265, section 2).
+
+        S_pred = log p(target | prompt, thought, close)
+
+    A thought that was never closed is closed here. prompts: int32 `[N, P]`, left-padded; lengths,
+    target: int32 `[N]`. Returns `[N, G]` nats, of temperature 1.
+    """
+    (N, G, R), A = rollouts.tokens.shape, rollouts.answers.shape[2]
+    slots = R - A  # of the longest thought and close
+    thought_lengths = rollouts.thought_lengths.reshape(N * G, 1)
+    thoughts = rollouts.tokens[:, :, :slots].reshape(N * G, slots)
+    thoughts = jnp.where(jnp.arange(slots)[None] == thought_lengths, tokens.close, thoughts)
+    rows = jnp.concatenate([jnp.repeat(prompts, G, axis=0), thoughts], axis=1)
+    # Turned until close is the last of each row: one logit is enough, and all padding is left.
+    W = rows.shape[1]
+    turned = (jnp.arange(W)[None] - (slots - 1 - thought_lengths)) % W
+    rows = jnp.take_along_axis(rows, turned, axis=1)
+    total = jnp.repeat(lengths, G) + thought_lengths[:, 0] + 1
+    return prefix_log_probs(apply, params, rows, total, jnp.repeat(target, G)).reshape(N, G)
+
+
+def prefix_log_probs(
+    apply: Apply, params: Any, prefixes: jax.Array, lengths: jax.Array, target: jax.Array
+) -> jax.Array:
+    """Log-probability of the token after each prefix (RLP, arXiv 2510.01265, section 2).
+
+        S_ema = log p(target | prefix)
+
+    prefixes: int32 `[N, P]`, left-padded, as they are; lengths, target: int32 `[N]`. Returns `[N]`
+    nats, of temperature 1.
+    """
+    return -token_nll(prefix_logits(apply, params, prefixes, lengths), target)
+
+
+def prefix_logits(apply: Apply, params: Any, prefixes: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Logits `[N, V]` of the token after each prefix; see `prefix_log_probs`."""
+    W = prefixes.shape[1]
+    end = jnp.full_like(lengths, W)
+    return _logits(apply, params, prefixes, W - lengths, end, num_logits=1)[:, 0]
+
+
+def _logits(
+    apply: Apply,
+    params: Any,
+    tokens: jax.Array,
+    begin: jax.Array,
+    end: jax.Array,
+    *,
+    num_logits: int,
+) -> jax.Array:
+    """The last logits `[B, num_logits, V]` of rows `[B, W]` whose tokens are from begin to end."""
+    column = jnp.arange(tokens.shape[1])[None]
+    real = (column >= begin[:, None]) & (column < end[:, None])
+    out = apply(
+        params,
+        constrain(tokens, "batch", "sequence"),
+        positions=jnp.where(real, column - begin[:, None], 0),
+        segments=real.astype(jnp.int32),
+        num_logits=num_logits,
+    )
+    return out.logits
