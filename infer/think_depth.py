@@ -83,9 +83,20 @@ def frontier(restored: Restored, *, max_batches: int | None = None) -> Frontier:
 
 
 def _batches(questions: Questions, restored: Restored, max_batches: int | None) -> Iterable[Any]:
+    """Batches of the size of training, or as many more as these devices need to share them.
+
+    Raises ValueError where the mesh does not divide a question.
+    """
     dataset = questions.dataset("validation")
     assert restored.config is not None
-    batch_size = restored.config.data.batch_size
+    sizes = restored.mesh.shape
+    if dataset.sequence_length % sizes["sequence"]:
+        raise ValueError(
+            f"mesh.sequence={sizes['sequence']} does not divide the {dataset.sequence_length} "
+            "tokens of this run's questions; give --mesh.sequence=1, and another axis instead"
+        )
+    parts = sizes["data"] * sizes["fsdp"]
+    batch_size = -(-restored.config.data.batch_size // parts) * parts
     return data.validation_batches(
         dataset,
         batch_size=batch_size,

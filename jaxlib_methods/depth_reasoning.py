@@ -53,7 +53,7 @@ def correct(logits: jax.Array, label: jax.Array) -> jax.Array:
 
 def make_loss(questions: Questions, model: DepthRecurrentConfig) -> LossFn:
     """The objective. Metrics: `loss` (BCE of the last step), `accuracy`, `iterations` (T)."""
-    cfg = questions.cfg
+    v = questions.values
     fewest, most = questions.train_steps
 
     def loss(
@@ -65,7 +65,7 @@ def make_loss(questions: Questions, model: DepthRecurrentConfig) -> LossFn:
         where, label = jnp.asarray(batch.where), jnp.asarray(batch.label)
         tokens, sees, ends = inputs(batch)
         options: dict[str, Any] = {"num_steps": num_steps, "max_steps": most, "key": dropout_key}
-        if cfg.objective == "silent":
+        if v.objective == "silent":
             logits = depth_recurrent.forward(model, params, tokens, sees, ends, **options)
             scalar = jnp.zeros(())
         else:
@@ -73,7 +73,7 @@ def make_loss(questions: Questions, model: DepthRecurrentConfig) -> LossFn:
             scalar = _of_all_steps(questions, logits, batch, num_steps)
             logits = logits[num_steps - 1]
         nll = losses.masked_sum(losses.binary_nll(logits, label, where=where), where=where)
-        share = 0.0 if cfg.objective == "silent" else cfg.step_weight
+        share = 0.0 if v.objective == "silent" else v.step_weight
         scalar = (1 - share) * losses.mean(*nll) + share * scalar
         right = losses.masked_sum(correct(logits, label).astype(jnp.float32), where=where)
         iterations = (num_steps * nll[1], nll[1])
@@ -86,10 +86,10 @@ def _of_all_steps(
     questions: Questions, logits: jax.Array, batch: Any, num_steps: jax.Array
 ) -> jax.Array:
     """The mean over examples of (1 / T) sum_t BCE(l_t, y_t); logits `[most steps, B]`."""
-    cfg, count = questions.cfg, logits.shape[0]
+    count = logits.shape[0]
     where, label = jnp.asarray(batch.where), jnp.asarray(batch.label)
-    if cfg.objective == "iterative":
-        before = 0.0 if cfg.task == "reachability" else 0.5
+    if questions.values.objective == "iterative":
+        before = 0.0 if questions.cfg.task == "reachability" else 0.5
         targets = known_after(label, batch.difficulty, count, before=before)
     else:
         targets = jnp.broadcast_to(label.astype(jnp.float32)[None], logits.shape)
@@ -165,7 +165,7 @@ def readout_flops(model: DepthRecurrentConfig) -> float:
 def train_flops(questions: Questions, model: DepthRecurrentConfig, length: int) -> float:
     """Model FLOPs of a training step with its mean number of steps, per token or node."""
     steps = sum(questions.train_steps) / 2
-    reads = 1 if questions.cfg.objective == "silent" else steps
+    reads = 1 if questions.values.objective == "silent" else steps
     forward = steps * step_flops(model, length) + reads * readout_flops(model) / length
     return TRAIN_TO_FORWARD * forward
 
@@ -181,4 +181,5 @@ def make(questions: Questions, context: Context) -> Method:
         flops_per_token=train_flops(questions, model, length),
         evaluate=make_evaluate(questions, model),
         dataset=questions.dataset,
+        length_flag=f"depth_recurrence.{questions.length_field}",
     )

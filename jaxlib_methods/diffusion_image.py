@@ -166,4 +166,5 @@ def make(cfg: DiffusionImageConfig, context: Context) -> Method:
         flops_per_token=image_flops.diffusion_train_flops(model),
         evaluate=None if masked else make_evaluation(cfg, model),
         dataset=cfg.dataset(),
+        length_flag="(diffusion_image.image_size / patch_size)^2",
     )

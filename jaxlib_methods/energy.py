@@ -51,23 +51,34 @@ def model_config(model: TransformerConfig, cfg: EnergyConfig) -> EnergyTransform
     )
 
 
-def monitor(metrics: Mapping[str, float]) -> str | None:
-    """Names a collapse: an energy that has become flat, or a step that explodes."""
+def monitor(metrics: Mapping[str, float]) -> dict[str, str | None]:
+    """The `Method.monitor` of energies: `train/descent_explodes` and `train/energy_flat`."""
     update = metrics.get("train/update")
     if update is None:
-        return None
+        return {}
     alpha = metrics["train/step_size"]
+    return {
+        "train/descent_explodes": _explodes(update, alpha),
+        "train/energy_flat": _flat(update, alpha),
+    }
+
+
+def _explodes(update: float, alpha: float) -> str | None:
     if update > STEEP:
         return (
             f"the descent explodes: its updates have a root mean square of {update:.3g} logits at "
-            f"a step size of {alpha:.3g}; begin anew with a smaller energy.step_size or "
-            "energy.update_rms, or a lower optimizer.learning_rate"
+            f"a step size of {alpha:.3g}, above {STEEP:g}; begin anew with a smaller "
+            "energy.step_size or energy.update_rms, or a lower optimizer.learning_rate"
         )
+    return None
+
+
+def _flat(update: float, alpha: float) -> str | None:
     if update < FLAT:
         return (
             f"the energy is flat: its slope moves candidates by {update:.3g} logits at a step size "
-            f"of {alpha:.3g}, which leaves predictions near uniform; begin anew with a larger "
-            "energy.step_size or energy.update_rms"
+            f"of {alpha:.3g}, below {FLAT:g}, which leaves predictions near uniform; begin anew "
+            "with a larger energy.step_size or energy.update_rms"
         )
     return None
 

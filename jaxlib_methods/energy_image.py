@@ -209,4 +209,5 @@ def make(cfg: EnergyImageConfig, context: Context) -> Method:
         evaluate=make_loss(cfg, model, last_energy=True),
         rate_factors={"step_size": cfg.rate_factor} if cfg.learn_step_size else {},
         dataset=cfg.dataset(),
+        length_flag="(energy_image.image_size / patch_size)^2",
     )

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods import flops, losses, next_token
+from jaxlib_methods import depth_monitor, flops, losses, next_token
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics, Pretrained
 from jaxlib_methods.models.config import TransformerConfig, check_choices
 from jaxlib_methods.models.language_model import Trained, forward
@@ -174,7 +174,8 @@ def make_loss(
 
     Metrics: `loss` (the student's NLL), `teacher_loss` (the teacher's, so that one sees when the
     student passes it), and `alignment` (the cosine) with `alignment_weight` (lambda), or
-    `distillation` (the soft cross-entropy).
+    `distillation` (the soft cross-entropy); of a recurrent student those of
+    `depth_monitor.state_metrics`.
     """
     aligns = cfg.objective == "alignment"
     block = student_block(cfg, student) if aligns else None
@@ -216,6 +217,7 @@ def make_loss(
             losses.token_nll(out.teacher.logits, batch.targets, where=where), where=where
         )
         scalar, metrics = term(params, out, where, losses.mean(*nll), step)
+        metrics |= depth_monitor.state_metrics(out.student, where=where)
         return scalar, {"loss": nll, "teacher_loss": teacher_nll, **metrics}
 
     return loss
@@ -294,7 +296,7 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
         return {"teacher": loaded.params}
 
     length = context.sequence_length
-    return Method(
+    method = Method(
         init_params=init_params,
         init=init,
         loss=make_loss(cfg, student, teacher, stop=stop),
@@ -303,6 +305,7 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
         until=stop,
         then=dataclasses.replace(plain, init_params=init_params),
     )
+    return depth_monitor.watched(method, context)
 
 
 def _learned_kernel(key: jax.Array, shape: tuple[int, int]) -> nn.LogicallyPartitioned:

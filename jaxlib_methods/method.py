@@ -174,8 +174,11 @@ class Method:
     rows_multiple: the rows of a micro-batch on each device must be a multiple of it.
     rate_factors: top-level name of parameters -> factor on their learning rate.
     dataset: split -> the examples, where they are not the text of `data.source`.
-    monitor: the metrics of a logged step or of an evaluation, with `step` -> one sentence about
-        what has gone wrong, or None. The loop says it once: what stands before its colon names it.
+    monitor: the metrics of a logged step or of an evaluation, with `step` -> what can be judged
+        by them: a metric's name, which is written as 1 or 0, and one sentence about what has gone
+        wrong (what is seen, the threshold, what to do), or None. `train.on_failure` decides what
+        follows; a warning is said once for each name.
+    length_flag: what sets the length of an example, by which `mesh.sequence` must divide it.
     """
 
     init_params: Callable[[jax.Array], Params]
@@ -190,4 +193,5 @@ class Method:
     rows_multiple: int = 1
     rate_factors: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dataset: Callable[[Literal["train", "validation"]], Dataset] | None = None
-    monitor: Callable[[Mapping[str, float]], str | None] | None = None
+    monitor: Callable[[Mapping[str, float]], Mapping[str, str | None]] | None = None
+    length_flag: str = "data.sequence_length"

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxlib_methods import flops, losses
+from jaxlib_methods import depth_monitor, flops, losses
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.language_model import forward, init_params
@@ -20,6 +20,7 @@ def make_loss(cfg: TransformerConfig, *, num_steps: int | None = None) -> LossFn
     """The next-token loss of a model: the mean of `losses.token_nll` over targets.
 
     num_steps: iterations of a recurrent model; None draws them, as training does.
+    Metrics: `loss`, and of a recurrent model those of `depth_monitor.state_metrics`.
     """
 
     def loss(
@@ -37,7 +38,8 @@ def make_loss(cfg: TransformerConfig, *, num_steps: int | None = None) -> LossFn
         )
         nll = losses.token_nll(out.logits, batch.targets, where=batch.where)
         total, count = losses.masked_sum(nll, where=batch.where)
-        return losses.mean(total, count), {"loss": (total, count)}
+        metrics = {"loss": (total, count), **depth_monitor.state_metrics(out, where=batch.where)}
+        return losses.mean(total, count), metrics
 
     return loss
 
@@ -47,10 +49,11 @@ def make(cfg: NextTokenConfig, context: Context) -> Method:
     del cfg
     model = context.model
     evaluate = make_loss(model, num_steps=model.recurrence) if model.recurrence else None
-    return Method(
+    method = Method(
         init_params=lambda key: init_params(model, key),
         init=lambda key: (),
         loss=make_loss(model),
         flops_per_token=flops.train_flops(model, context.sequence_length),
         evaluate=evaluate,
     )
+    return depth_monitor.watched(method, context)

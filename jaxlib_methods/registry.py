@@ -34,13 +34,15 @@ class Entry(NamedTuple):
     config: its configuration, a frozen dataclass. make: builds it for a run. baseline: the method
     that `--compare` trains beside it on the same model, or (model, config) -> a `Baseline`.
     init_model: (model, config, key) -> the boxed parameters
-    that inference needs; None: those of the language model that `model` describes.
+    that inference needs; None: those of the language model that `model` describes. reads_text:
+    configuration -> whether the run's examples are the text of `data.source`.
     """
 
     config: type
     make: Callable[[Any, Context], Method]
     baseline: str | Callable[[TransformerConfig, Any], Baseline] = "next_token"
     init_model: Callable[[TransformerConfig, Any, jax.Array], Any] | None = None
+    reads_text: Callable[[Any], bool] = lambda config: True
 
 
 def _without_recurrence(model: TransformerConfig, config: Any) -> Baseline:
@@ -52,7 +54,7 @@ def _without_recurrence(model: TransformerConfig, config: Any) -> Baseline:
         once = {"recurrence": 1, "recurrence_sampling": "fixed", "backprop_steps": None}
         twin = dataclasses.replace(model, **once)
         return Baseline("next_token", twin, next_token.NextTokenConfig())
-    return Baseline("depth_recurrence", model, dataclasses.replace(config, recurrence="untied"))
+    return Baseline("depth_recurrence", model, config.untied())
 
 
 METHODS: dict[str, Entry] = {
@@ -63,6 +65,7 @@ METHODS: dict[str, Entry] = {
         depth_recurrence.make,
         baseline=_without_recurrence,
         init_model=depth_recurrence.init_params,
+        reads_text=lambda config: config.task == "language",
     ),
     "energy": Entry(energy.EnergyConfig, energy.make, init_model=energy.init_params),
     "energy_image": Entry(
@@ -70,12 +73,14 @@ METHODS: dict[str, Entry] = {
         energy_image.make,
         baseline="diffusion_image",
         init_model=energy_image.init_params,
+        reads_text=lambda config: False,
     ),
     "diffusion_image": Entry(
         diffusion_image.DiffusionImageConfig,
         diffusion_image.make,
         baseline="diffusion_image",
         init_model=diffusion_image.init_params,
+        reads_text=lambda config: False,
     ),
 }
 

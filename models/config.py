@@ -12,9 +12,17 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_choices(config: Any) -> None:
-    """Raises ValueError where a field of a dataclass holds a value outside its `Literal`."""
+    """Raises ValueError where a field of a dataclass holds a value outside its `Literal`.
+
+    None is one where the field is `Literal[...] | None`.
+    """
     for name, hint in get_type_hints(type(config)).items():
-        value = getattr(config, name)
+        value, kinds = getattr(config, name), get_args(hint)
+        if type(None) in kinds:
+            if value is None:
+                continue
+            others = [kind for kind in kinds if kind is not type(None)]
+            hint = others[0] if len(others) == 1 else hint
         if get_origin(hint) is Literal and value not in get_args(hint):
             raise ValueError(f"{name} {value!r} is unknown; choose one of {list(get_args(hint))}")
 

@@ -5,7 +5,7 @@ import math
 from typing import Any, Literal, get_type_hints
 
 from jaxlib_methods import registry
-from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.config import TransformerConfig, check_choices
 
 
 def _require(condition: bool, message: str) -> None:
@@ -130,7 +130,11 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The loop: how long, how often, what to watch. Counts are optimiser steps."""
+    """The loop: how long, how often, what to watch. Counts are optimiser steps.
+
+    on_failure: what follows where a method sees its training go wrong: `warn` says so and goes on,
+        `stop` saves and ends the run. In metrics.jsonl it is a 1 in either case.
+    """
 
     num_steps: int = 300
     num_microbatches: int = 1  # gradient accumulation: the global batch in this many parts
@@ -140,8 +144,10 @@ class TrainConfig:
     profile_start: int = 0  # first profiled step
     profile_steps: int = 0  # 0 does not profile; the trace goes to WORKDIR/profile
     tensorboard: bool = False  # needs the `tensorboard` extra
+    on_failure: Literal["warn", "stop"] = "warn"
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("num_steps", "num_microbatches", "log_every", "eval_every", "eval_batches"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}={value} must be at least 1")
@@ -194,17 +200,26 @@ class RunConfig:
             f"method {self.method!r} takes a {expected.__name__}, "
             f"got {type(self.method_config).__name__}",
         )
-        _require(
-            self.data.sequence_length <= self.model.max_length,
-            f"data.sequence_length={self.data.sequence_length} is longer than "
-            f"model.max_length={self.model.max_length}",
-        )
+        if registry.entry(self.method).reads_text(self.method_config):
+            self._check_length()
         _require(
             self.data.batch_size % self.train.num_microbatches == 0,
             f"data.batch_size={self.data.batch_size} is not a multiple of "
             f"train.num_microbatches={self.train.num_microbatches}",
         )
         self._check_mesh()
+
+    def _check_length(self) -> None:
+        length, cut = self.data.sequence_length, self.mesh.sequence
+        _require(
+            length <= self.model.max_length,
+            f"data.sequence_length={length} is longer than model.max_length="
+            f"{self.model.max_length}",
+        )
+        _require(
+            length % max(cut, 1) == 0,
+            f"data.sequence_length={length} is not a multiple of mesh.sequence={cut}",
+        )
 
     def _check_mesh(self) -> None:
         """What can be known of a mesh before its devices: axes of -1 are left to `train.data`."""
@@ -214,11 +229,6 @@ class RunConfig:
             rows % math.prod(cuts.values()) == 0,
             f"a micro-batch of {rows} sequences (data.batch_size / train.num_microbatches) is not "
             f"a multiple of {' x '.join(f'{n}={size}' for n, size in cuts.items())}",
-        )
-        _require(
-            self.data.sequence_length % max(mesh.sequence, 1) == 0,
-            f"data.sequence_length={self.data.sequence_length} is not a multiple of "
-            f"mesh.sequence={mesh.sequence}",
         )
         _require(
             mesh.data == -1 or mesh.data % mesh.dcn_data == 0,

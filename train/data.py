@@ -253,20 +253,22 @@ def check_divisible(
     spec: PartitionSpec,
     num_microbatches: int = 1,
     rows_multiple: int = 1,
+    length_flag: str = "data.sequence_length",
 ) -> None:
     """Refuses sizes that the mesh cannot cut into equal parts.
 
-    rows_multiple: see `Method`; a device's rows must be a multiple of it.
+    rows_multiple, length_flag: see `Method`; a device's rows must be a multiple of the first.
     """
     rows = "data.batch_size" + (" / train.num_microbatches" if num_microbatches > 1 else "")
-    sizes = {rows: batch_size // num_microbatches, "data.sequence_length": sequence_length}
+    sizes = {rows: batch_size // num_microbatches, length_flag: sequence_length}
     multiples = (rows_multiple, 1)
     for (name, size), axes, each in zip(sizes.items(), spec, multiples, strict=False):
         names = (axes,) if isinstance(axes, str) else tuple(axes or ())
         cut = int(np.prod([mesh.shape[axis] for axis in names], dtype=np.int64))
         parts = cut * each
         if size % parts:
-            near = max(parts, size // parts * parts)
+            shorter = name in (rows, "data.sequence_length")  # other examples must fit: longer
+            near = max(parts, size // parts * parts) if shorter else -(-size // parts) * parts
             of_method = f", times {each} that the method needs on each device" if each > 1 else ""
             raise ValueError(
                 f"{name}={size} is not a multiple of {parts}, the size of mesh axes "

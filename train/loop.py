@@ -5,7 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import optax
@@ -30,7 +30,8 @@ def run(config: RunConfig) -> None:
     A value `preset:NAME` of the method (a teacher) is trained first, in WORKDIR/FIELD; with
     `compare` the plain baseline follows, in WORKDIR/baseline. All of them see the same data. A
     run that is finished is not trained again. Ends with a table and, with matplotlib, a picture.
-    Raises SystemExit(0) after saving where it was told to stop (SIGTERM).
+    Raises SystemExit(0) after saving where it was told to stop (SIGTERM), and SystemExit(1) where
+    a method saw its training go wrong and `train.on_failure=stop`.
     """
     started = time.perf_counter()
     prepared = {name: prepare(part) for name, part in plan(config).items()}
@@ -91,6 +92,7 @@ def _place(prepared: Prepared) -> tuple[Mesh, optax.GradientTransformation, Trai
         spec=partitioning.batch_spec(),
         num_microbatches=config.train.num_microbatches,
         rows_multiple=prepared.method.rows_multiple,
+        length_flag=prepared.method.length_flag,
     )
     optimizer = make_optimizer(
         config.optimizer, config.train.num_steps, rate_factors=prepared.method.rate_factors
@@ -160,6 +162,7 @@ class _Loop:
         self._pending = metrics.Accumulator()
         self._profiling = False
         self._warnings: set[str] = set()
+        self._failure: str | None = None
         self._throughput = metrics.Throughput(
             tokens_per_step=config.data.batch_size * prepared.dataset.sequence_length,
             flops_per_token=self._method.flops_per_token,
@@ -167,7 +170,7 @@ class _Loop:
         )
 
     def run(self, state: TrainState, started: float) -> None:
-        """Trains from `state` on. Raises SystemExit(0) where it was told to stop."""
+        """Trains from `state` on. Raises SystemExit where it was told to stop, or stops itself."""
         config, step = self._config, int(state.step)
         placed = {"mesh": self._mesh, "spec": partitioning.batch_spec()}
         size = config.data.batch_size
@@ -243,17 +246,25 @@ class _Loop:
             if last or done % train.eval_every == 0:
                 self._drain(done)
                 self._evaluate(state, done)
-            if last or stopping or (every and done % every == 0):
+            failure = self._failure  # of what every process has read: the same on all of them
+            if last or stopping or failure or (every and done % every == 0):
                 self._drain(done)
                 self._writer.flush()
                 self._checkpoints.save(state)
                 self._throughput.pause()
-            if stopping:
+            if stopping or failure:
                 self._checkpoints.wait()
-                _say(f"stopped by a signal at step {done}, saved; the same command goes on")
-                raise SystemExit(0)
+                self._end(done, failure)
         self._profile(train.num_steps, state)
         self._checkpoints.wait()
+
+    def _end(self, step: int, failure: str | None) -> NoReturn:
+        """Says why the run has ended, which is saved."""
+        if failure is None:
+            _say(f"stopped by a signal at step {step}, saved; the same command goes on")
+            raise SystemExit(0)
+        _say(f"stopped at step {step}, saved: {failure}; --train.on_failure=warn goes on as it is")
+        raise SystemExit(1)
 
     def _announce(self, state: TrainState) -> None:
         jax.block_until_ready(state.step)
@@ -267,16 +278,22 @@ class _Loop:
         if due and step > self._first_step:
             values = self._pending.read()
             if values:
-                self._warn(step, values)
-                self._writer.write(step, values | self._throughput.read() | self._elapsed())
+                values |= self._throughput.read() | self._elapsed() | self._judge(step, values)
+                self._writer.write(step, values)
 
-    def _warn(self, step: int, values: dict[str, float]) -> None:
-        """Says once what the method sees going wrong."""
-        warning = self._method.monitor and self._method.monitor({"step": step, **values})
-        kind = warning and warning.split(":")[0]  # the numbers behind it are others at every step
-        if kind and kind not in self._warnings:
-            self._warnings.add(kind)
-            _say(f"warning at step {step}: {warning}")
+    def _judge(self, step: int, values: dict[str, float]) -> dict[str, int]:
+        """What the method sees going wrong, as 1 or 0; says it once, or remembers it to stop."""
+        monitor = self._method.monitor
+        found = {} if monitor is None else monitor({"step": step, **values})
+        for name, sentence in found.items():
+            if sentence is None or name in self._warnings:
+                continue
+            self._warnings.add(name)
+            if self._config.train.on_failure == "stop":
+                self._failure = self._failure or sentence
+            else:
+                _say(f"warning at step {step}: {sentence}")
+        return {name: int(sentence is not None) for name, sentence in found.items()}
 
     def _elapsed(self) -> dict[str, float]:
         return {"train/elapsed_secs": time.perf_counter() - self._begun}
@@ -293,8 +310,7 @@ class _Loop:
             total.add(step, self._eval_step(state, self._extra, batch, self._key))
         total.drain()
         values = total.read()
-        self._writer.write(step, values | self._elapsed())
-        self._warn(step, values)
+        self._writer.write(step, values | self._elapsed() | self._judge(step, values))
 
     def _profile(self, step: int, state: TrainState) -> None:
         train = self._config.train

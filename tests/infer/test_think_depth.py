@@ -134,6 +134,30 @@ def test_some_batches_are_spread_over_the_difficulties(run: Restored):
     assert min(got.counts) >= 3
 
 
+@pytest.mark.parametrize(
+    ("sizes", "count"), [({"data": 8}, 8), ({"data": 3}, 3), ({"fsdp": 2, "sequence": 2}, 4)]
+)
+def test_other_devices_than_those_of_training_answer_the_same(
+    run: Restored, found: Frontier, sizes: dict[str, int], count: int
+):
+    # Seven questions at once in training: no mesh of more than one device or seven divides them.
+    mesh = partitioning.make_mesh(**{"data": 1, **sizes}, devices=jax.devices()[:count])
+    params = jax.device_put(run.params, partitioning.replicated(mesh))
+    got = think_depth.frontier(run._replace(mesh=mesh, params=params))
+    assert got.counts == found.counts
+    np.testing.assert_allclose(got.accuracy, found.accuracy)
+    for name in ("norm", "change", "gate"):
+        for group, values in getattr(got, name).items():
+            np.testing.assert_allclose(values, getattr(found, name)[group], rtol=1e-4)
+
+
+def test_a_mesh_that_cuts_a_question_unevenly_is_refused(run: Restored):
+    mesh = partitioning.make_mesh(data=1, sequence=3, devices=jax.devices()[:3])
+    message = "mesh.sequence=3 does not divide the 8 tokens of this run's .*; give --mesh.sequence"
+    with pytest.raises(ValueError, match=message):
+        think_depth.frontier(run._replace(mesh=mesh))
+
+
 def test_the_table_marks_what_was_trained():
     lines = think_depth.table(by_hand(30)).splitlines()
     titles, steps = lines[0].split()[:4], lines[0].split()[4:]

@@ -1,4 +1,4 @@
-"""Recurrent-depth language models: the loss, validation at other depths, warnings, baselines."""
+"""Recurrent-depth language models: the loss, validation at other depths, baselines."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods import depth_recurrence, flops, next_token, registry
+from jaxlib_methods import depth_monitor, depth_recurrence, flops, next_token, registry
 from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.method import Batch, Context, Method
 from jaxlib_methods.models import language_model, partitioning, recurrent_training
@@ -114,36 +114,6 @@ def nll_by_hand(logits: jax.Array, batch: Batch) -> float:
     return float(-chosen[np.asarray(batch.where)].mean())
 
 
-# Two tokens of a sequence.
-
-
-def similarity(state: Any, where: Any) -> float:
-    total, count = depth_recurrence.token_similarity(jnp.asarray(state), where=jnp.asarray(where))
-    return float(total / count)
-
-
-def test_token_similarity_by_hand():
-    everywhere = jnp.ones((1, 3), bool)
-    same = np.array([[[3.0, 4.0], [6.0, 8.0], [0.3, 0.4]]])
-    assert similarity(same, everywhere) == pytest.approx(1.0)
-    assert similarity(np.eye(3)[None], everywhere) == pytest.approx(0.0, abs=1e-6)
-    # Cosines 0.6, -1 and -0.6.
-    three = np.array([[[1.0, 0.0], [6.0, 8.0], [-2.0, 0.0]]])
-    assert similarity(three, everywhere) == pytest.approx((0.6 - 1.0 - 0.6) / 3)
-    total, count = depth_recurrence.token_similarity(jnp.asarray(three), where=everywhere)
-    assert (float(total), float(count)) == (pytest.approx(-2.0), 6.0)  # each pair twice
-
-
-def test_token_similarity_reads_no_masked_token_and_no_other_row():
-    state = np.array([[[1.0, 0.0], [np.nan, np.inf], [6.0, 8.0]], [[0.0, -1.0]] * 3])
-    where = np.array([[True, False, True], [True, False, False]])
-    assert similarity(state, where) == pytest.approx(0.6)
-    slope = jax.grad(lambda x: depth_recurrence.token_similarity(x, where=jnp.asarray(where))[0])(
-        jnp.asarray(state)
-    )
-    assert not slope.any()
-
-
 # The loss.
 
 
@@ -161,7 +131,8 @@ def test_the_loss_is_the_last_iteration_s():
         assert found["iterations"] == float(steps)
         assert found["state_change"] == pytest.approx(float(out.changes[-1]), rel=1e-4)
         assert found["state_norm"] == pytest.approx(float(out.norms[-1]), rel=1e-4)
-        of_tokens = similarity(out.state, batch.where)
+        total, count = depth_monitor.token_similarity(out.state, where=jnp.asarray(batch.where))
+        of_tokens = float(total / count)
         assert found["token_similarity"] == pytest.approx(of_tokens, rel=1e-3, abs=1e-4)
         counts = {name: float(count) for name, (_, count) in metrics.items()}
         # Five and three targets; pairs of five and of three tokens.
@@ -238,38 +209,6 @@ def test_a_model_of_one_iteration_is_measured_at_one():
         packed(),
     )
     assert set(metrics) == {"loss", "depth_gain"}
-
-
-# Warnings.
-
-
-def test_the_two_failures_of_large_runs_are_named():
-    monitor = build().monitor
-    assert monitor is not None
-    assert monitor({"step": 1, "train/token_similarity": 0.99}) is None
-    said = monitor({"step": 1, "train/token_similarity": 0.9912})
-    assert said == (
-        "the states of all tokens are the same: their mean cosine is 0.9912; begin anew with a "
-        "lower optimizer.learning_rate, model.block=sandwich or model.injection=linear"
-    )
-    assert monitor({"step": 8, "validation/depth_gain": 0.02}) is None
-    said = monitor({"step": 8, "validation/depth_gain": 0.0199})
-    assert said == (
-        "the state is ignored: 3 iterations predict only 0.0199 nats better than one; begin anew "
-        "with a lower optimizer.learning_rate or model.block=sandwich"
-    )
-    assert monitor({"step": 8, "train/loss": 1.0}) is None
-
-
-def test_a_state_may_be_ignored_for_a_quarter_of_the_run():
-    monitor = build().monitor
-    assert monitor is not None
-    said = [monitor({"step": step, "validation/depth_gain": -1.0}) for step in range(1, 9)]
-    assert [text is not None for text in said] == [False] + [True] * 7  # of 8 steps
-    once = build(model=dataclasses.replace(MODEL, recurrence=1, backprop_steps=1)).monitor
-    assert once is not None
-    assert once({"step": 8, "validation/depth_gain": 0.0}) is None
-    assert once({"step": 8, "train/token_similarity": 1.0}) is not None
 
 
 # What it is compared with.

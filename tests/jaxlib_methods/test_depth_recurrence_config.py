@@ -133,13 +133,79 @@ def test_an_untied_model_takes_max_steps_and_has_no_block_for_more():
         ({"layer_scale": -0.1}, "^layer_scale=-0.1 must not be negative$"),
         ({"num_train": -1}, "^num_train=-1 must not be negative$"),
         ({"data_seed": -1}, "^data_seed=-1 must not be negative$"),
-        ({"min_steps": 3, "task": "language"}, "^min_steps=3 has no meaning for task=language; l"),
-        ({"eval_steps": (1, 4)}, r"^eval_steps=\(1, 4\) has no meaning for task=reachability; l"),
+        ({"objective": "loud"}, "^objective 'loud' is unknown; choose one of .'silent', 'interm"),
     ],
 )
 def test_impossible_values_are_refused(fields: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         config(fields)
+
+
+GRAPHS = ("max_nodes", "fewest_nodes", "most_nodes", "test_fewest_nodes", "test_most_nodes")
+ANY: dict[str, Any] = {"objective": "silent", "recurrence": "gated", "norm_placement": "pre",
+                       "depth_embedding": "small", "eval_difficulties": (2,)}  # fmt: skip
+QUESTIONS = "task=reachability or logic or kinship"
+
+
+def readers(field: str) -> tuple[str, dict[str, Any], str]:
+    """Who reads a field, a run that does not, and what that has instead."""
+    if field == "eval_steps":
+        return "task=language", {"task": "kinship"}, "task=kinship"
+    if field in (*GRAPHS, "matched"):
+        return "task=reachability", {"task": "logic"}, "task=logic"
+    if field == "balanced":
+        return "task=logic", {"task": "kinship"}, "task=kinship"
+    if field == "max_length":
+        return "task=logic or kinship", {"task": "reachability"}, "task=reachability"
+    if field == "step_weight":
+        return "objective=intermediate or iterative", {"task": "logic"}, "objective=silent"
+    if field == "gate_bias":
+        other = {"task": "logic", "recurrence": "tied"}
+        return "recurrence=gated", other, "recurrence=tied"
+    if field in ("min_steps", "most_steps"):
+        other = {"task": "logic", "recurrence": "untied"}
+        return "recurrence=gated or tied", other, "recurrence=untied"
+    return QUESTIONS, {"task": "language"}, "task=language"
+
+
+FIELDS = [field.name for field in dataclasses.fields(DepthRecurrenceConfig)]
+
+
+def value_of(field: str) -> Any:
+    values = {"eval_steps": (1,), "step_weight": 1.0, "dropout": 0.1, "gate_bias": -2.0}
+    return (ANY | values).get(field, False if field in ("matched", "balanced") else 1)
+
+
+@pytest.mark.parametrize("field", sorted(set(FIELDS) - {"task"}))
+def test_a_field_that_nobody_reads_is_refused(field: str):
+    # The value may be the one that none stands for.
+    wanted, others, has = readers(field)
+    value = value_of(field)
+    cfg = DepthRecurrenceConfig(**{**others, field: value})
+    by = wanted.partition("=")[0]
+    with pytest.raises(ValueError, match=r".") as caught:
+        depth_recurrence.make(cfg, context())
+    assert str(caught.value) == (
+        f"depth_recurrence.{field}={value} is read with {wanted} alone, and this run has {has}; "
+        f"leave it out (=none where a preset gives it), or change depth_recurrence.{by}"
+    )
+    read: Any = wanted.partition("=")[2].split(" or ")[0]
+    choice: dict[str, Any] = {"task": "logic", **others, by: read}
+    DepthRecurrenceConfig(**{**choice, field: value}).check_read()
+    if field != "eval_steps":
+        whose = wanted if by == "task" else QUESTIONS
+        with pytest.raises(ValueError, match=f"{field}=.* with {whose} alone, .* task=language; "):
+            DepthRecurrenceConfig(**{"task": "language", field: value}).check_read()
+
+
+def test_the_untied_twin_drops_what_it_does_not_read():
+    cfg = resolved(gate_bias=1.0, min_steps=2, max_steps=4, most_steps=9, dropout=0.2).cfg
+    expected = DepthRecurrenceConfig(
+        task="reachability", recurrence="untied", max_steps=4, dropout=0.2
+    )
+    assert cfg.untied() == expected
+    assert expected.untied() == expected
+    expected.check_read()
 
 
 @pytest.mark.parametrize(

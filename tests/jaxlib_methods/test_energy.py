@@ -693,15 +693,22 @@ def test_the_monitor_names_a_collapse():
     assert monitor is not None
 
     def said(update):
-        return monitor({"train/update": update, "train/step_size": 2.0})
+        found = monitor({"train/update": update, "train/step_size": 2.0})
+        return str(found["train/energy_flat"]), str(found["train/descent_explodes"])
 
-    assert said(100.0) is None
-    assert monitor({"train/loss": 1.0}) is None
-    assert "the energy is flat: its slope moves candidates by 1e-06 logits" in str(said(1e-6))
-    assert "the descent explodes: its updates have a root mean square of 1e+05" in str(said(1e5))
-    for update in (1e-6, 1e5):
-        assert "energy.step_size" in str(said(update))
-        assert "\n" not in str(said(update))
+    assert said(100.0) == ("None", "None")
+    assert monitor({"train/loss": 1.0}) == {}
+    flat, fine = said(1e-6)
+    assert fine == "None"
+    assert "the energy is flat: its slope moves candidates by 1e-06 logits" in flat
+    assert "below 0.01, which leaves" in flat
+    fine, explodes = said(1e5)
+    assert fine == "None"
+    assert "the descent explodes: its updates have a root mean square of 1e+05" in explodes
+    assert "above 10000; begin" in explodes
+    for sentence in (flat, explodes):
+        assert "energy.step_size" in sentence
+        assert "\n" not in sentence
 
 
 REFUSED = [

@@ -11,8 +11,9 @@ import pytest
 from absl import flags as absl_flags
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlib_methods import registry
+from jaxlib_methods import depth_monitor, registry
 from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
+from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.method import Batch, Context
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import TransformerConfig
@@ -244,10 +245,93 @@ def test_a_resumed_run_takes_the_depths_of_an_unbroken_one(
     assert f"validation/{judged}" in lines[-1]
 
 
+COLLAPSED = "the states of all tokens are the same: their mean cosine is"
+
+
+def watched_run(method: str, run_of: Any, tmp_path: Any, tiny: Any, **fields: Any) -> Any:
+    """A run of a recurrent model by a method, that is said to have collapsed from the start."""
+    if method != "late_to_early":
+        return run_of("language", tmp_path / "run", method=method, method_config=None, **fields)
+    teacher = tmp_path / "teacher"
+    if not teacher.exists():
+        prepared = prepare.prepare(tiny(teacher, num_steps=1))
+        loop.train(prepared, stop=threading.Event(), started=0.0)
+    cfg = LateToEarlyConfig(teacher=str(teacher), stop_step=4)
+    return run_of("language", tmp_path / "run", method=method, method_config=cfg, **fields)
+
+
+@pytest.mark.parametrize("method", ["depth_recurrence", "next_token", "late_to_early"])
+@pytest.mark.usefixtures("compile_once", "one_device")
+def test_a_failure_is_written_and_stops_a_run_that_asks_for_it(
+    method: str, run_of: Any, tmp_path: Any, tiny: Any, read_metrics: Any, monkeypatch: Any,
+    capfd: pytest.CaptureFixture[str],
+):  # fmt: skip
+    monkeypatch.setattr(depth_monitor, "COLLAPSED", -1.0)
+    asked = watched_run(method, run_of, tmp_path, tiny, on_failure="stop")
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        loop.run(asked)
+    assert stopped.value.code == 1
+    said = [line for line in capfd.readouterr().err.splitlines() if COLLAPSED in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"stopped at step 2, saved: {COLLAPSED} ")
+    assert "above -1.0; begin anew with a lower" in said[0]
+    assert said[0].endswith("; --train.on_failure=warn goes on as it is")
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["2"]
+    lines = read_metrics(tmp_path / "run")
+    assert [line.get("train/collapsed") for line in lines] == [1, 1]
+
+    train = dataclasses.replace(asked.train, on_failure="warn")
+    loop.run(dataclasses.replace(asked, train=train))
+    said = [line for line in capfd.readouterr().err.splitlines() if COLLAPSED in line]
+    assert len(said) == 1
+    assert said[0].startswith(f"warning at step 3: {COLLAPSED} ")
+    lines = read_metrics(tmp_path / "run")
+    assert [line["train/collapsed"] for line in lines if "train/loss" in line] == [1] * 6
+    assert lines[-1]["step"] == 6
+    assert lines[-1]["validation/depth_ignored"] in (0, 1)
+
+
+@pytest.mark.usefixtures("compile_once", "one_device")
+def test_a_failure_seen_by_the_last_validation_stops_too(
+    run_of: Any, tmp_path: Any, read_metrics: Any, monkeypatch: Any, capfd: Any
+):
+    monkeypatch.setattr(depth_monitor, "IGNORED", 9.0)
+    with pytest.raises(SystemExit) as stopped:
+        loop.run(run_of("language", tmp_path, on_failure="stop"))
+    assert stopped.value.code == 1
+    assert "stopped at step 6, saved: the state is ignored: 3 iterations" in capfd.readouterr().err
+    assert read_metrics(tmp_path)[-1]["validation/depth_ignored"] == 1
+    assert (tmp_path / "checkpoints" / "6").exists()
+
+
+@pytest.mark.usefixtures("compile_once", "one_device")
+def test_a_run_in_which_nothing_goes_wrong_says_so(run_of: Any, tmp_path: Any, read_metrics: Any):
+    loop.run(run_of("language", tmp_path, on_failure="stop", recurrence=1))
+    lines = read_metrics(tmp_path)
+    assert [line["train/collapsed"] for line in lines if "train/loss" in line] == [0] * 6
+    assert "validation/depth_ignored" not in lines[-1]  # one iteration cannot ignore its state
+
+
+def test_lengths_are_those_of_the_questions(run_of: Any, tmp_path: Any):
+    config = run_of("questions", tmp_path, sequence=3, data=1, batch_size=4, sequence_length=16)
+    mesh = partitioning.make_mesh(sequence=3, devices=jax.devices()[:3])
+    prepared = prepare.prepare(config)  # 16 tokens of text would not be cut in three either
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "mesh_of", lambda _: mesh)
+        with pytest.raises(ValueError, match=r"^depth_recurrence\.max_nodes=8 is not .* try 9$"):
+            loop._place(prepared)
+        logic = DepthRecurrenceConfig(task="logic", num_train=0, per_bucket=4)
+        method = prepare.prepare(dataclasses.replace(config, method_config=logic))
+        with pytest.raises(ValueError, match=r"^depth_recurrence\.max_length=128 is .* try 129$"):
+            loop._place(method)
+
+
 def test_what_a_run_is_compared_with(run_of: Any, tmp_path: Any):
     questions = prepare.plan(run_of("questions", tmp_path, compare=True))
     assert list(questions) == ["depth_recurrence", "baseline"]
-    untied = dataclasses.replace(QUESTIONS, recurrence="untied")
+    untied = QUESTIONS.untied()
+    assert (untied.min_steps, untied.max_steps, untied.most_steps) == (None, 3, None)
     assert questions["baseline"].method_config == untied
     assert prepare.prepare(questions["baseline"]).method.flops_per_token > 0
     language = prepare.plan(run_of("language", tmp_path, compare=True))["baseline"]
