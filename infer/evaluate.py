@@ -64,17 +64,10 @@ def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = N
     dataset = open_validation(restored, cfg)
     model = restored.language_model
 
-    @jax.jit
-    def sums(params: Any, batch: Batch) -> tuple[jax.Array, ...]:
-        logits, steps = _predict(model, params, batch)
-        nll = losses.token_nll(logits, batch.targets, where=batch.where)
-        taken, _ = losses.masked_sum(steps, where=batch.where)
-        return *losses.masked_sum(nll, where=batch.where), taken
-
     with jax.set_mesh(restored.mesh):
         waiting, totals = [], np.zeros(3)
         for batch in batches(dataset, cfg.batch_size, max_batches, restored):
-            waiting.append(sums(restored.params, batch))
+            waiting.append(_sums(model, restored.params, batch))
             if len(waiting) > 1:  # one behind: reading a sum waits for it, and its batch is freed
                 totals += jax.device_get(waiting.pop(0))
         total, count, taken = totals + jax.device_get(waiting.pop())
@@ -83,6 +76,15 @@ def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = N
     bits = nats / (math.log(2) * dataset.bytes_per_token)
     recurrent = isinstance(model, RecurrentModel)
     return Evaluation(nats, bits, int(count), float(taken / count) if recurrent else None)
+
+
+@jax.jit
+def _sums(model: LanguageModel, params: Any, batch: Batch) -> tuple[jax.Array, ...]:
+    """The loss, its targets and the iterations, over a batch."""
+    logits, steps = _predict(model, params, batch)
+    nll = losses.token_nll(logits, batch.targets, where=batch.where)
+    taken, _ = losses.masked_sum(steps, where=batch.where)
+    return *losses.masked_sum(nll, where=batch.where), taken
 
 
 def _predict(model: LanguageModel, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -13,13 +13,14 @@ from etils import epath
 
 from jaxlib_methods import continuous, depth_sampling, speculative, wavefront
 from jaxlib_methods.depth_language import RecurrentModel
+from jaxlib_methods.depth_sampling import Sampler
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import LanguageModel, Restored
 from jaxlib_methods.models import decoding
-from jaxlib_methods.models.decoding import SamplingConfig
+from jaxlib_methods.models.decoding import SamplingConfig, Stream
 
 DEFAULT_NEW_TOKENS = 128
-CHUNK_STEPS = 32  # between two looks at the text, where nobody watches
+CHUNK_TOKENS = 32  # between two looks at the text, where nobody watches
 SMALLEST_BUCKET = 16
 _CUT_CHARACTER = "\ufffd"  # what `decode` gives for the bytes of an unfinished character
 
@@ -122,7 +123,7 @@ def left_pad(prompts: Sequence[Sequence[int]], *, width: int) -> tuple[np.ndarra
     return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames="max_new_tokens")
+@functools.partial(jax.jit, static_argnames="max_new_tokens")
 def _start(
     model: LanguageModel,
     params: Any,
@@ -141,23 +142,28 @@ def _start(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+@functools.partial(jax.jit, donate_argnums=2)
 def _steps(
-    model: LanguageModel, params: Any, state: Any, *, num_steps: int, **settings: Any
+    model: LanguageModel, params: Any, state: Any, *, num_tokens: int, **settings: Any
 ) -> Any:
+    """Until a row has `num_tokens` more; it is read by the host then, and not before."""
     sampler = _sampler(model)
     if sampler is not None:
         draws = depth_sampling.make_draws(**settings)
-        return sampler.advance(model, params, state, draws, num_rounds=num_steps)
-    return decoding.decode_steps(model, params, state, num_steps=num_steps, **settings)
+        return sampler.advance(model, params, state, draws, num_tokens=num_tokens)
+    return decoding.decode_steps(model, params, state, num_steps=num_tokens, **settings)
+
+
+_SAMPLERS: dict[str, Sampler[Any]] = {
+    "continuous": continuous.CONTINUOUS,
+    "parallel": wavefront.PARALLEL,
+    "speculative": speculative.SPECULATIVE,
+}
 
 
 def _sampler(model: LanguageModel) -> Any:
-    """The module that samples a recurrent model otherwise than token by token; None for those."""
-    if not isinstance(model, RecurrentModel):
-        return None
-    others = {"continuous": continuous, "parallel": wavefront, "speculative": speculative}
-    return others.get(model.depth.sampler)
+    """What samples a recurrent model otherwise than token by token; None for those."""
+    return _SAMPLERS.get(model.depth.sampler) if isinstance(model, RecurrentModel) else None
 
 
 def generate(
@@ -183,9 +189,9 @@ def generate(
     rows = [_Row(restored, stop, max_new_tokens) for _ in repeated]
     tokens, lengths = left_pad(repeated, width=bucket(longest))
     settings = {
-        "num_steps": 1 if show else CHUNK_STEPS,
+        "num_tokens": 1 if show else CHUNK_TOKENS,
         "sampling": sampling,
-        "key": jax.random.key(seed),
+        "key": decoding.stream_key(seed, Stream.TOKENS),
         "stop_tokens": jnp.asarray(restored.stop_tokens, jnp.int32),
     }
     with jax.set_mesh(restored.mesh):

@@ -26,6 +26,7 @@ from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Trunk:
     """A plain transformer as a language model: its call and its cache. See `Thinker`."""
@@ -91,19 +92,15 @@ class Restored(NamedTuple):
     @property
     def language_model(self) -> LanguageModel:
         """What predicts the next token. Raises ValueError where no text was learned."""
-        if self.kind in ("questions", "images"):
-            raise ValueError(f"{kinds.KINDS[self.kind].what} predicts no text")
-        if self.kind == "recurrent":
-            return RecurrentModel(self.model, self.depth, self.seed)
-        return Trunk(self.model) if self.thinker is None else self.thinker
+        return _language_model(
+            self.config, self.model, think=self.think, depth=self.depth, seed=self.seed
+        )
 
     @property
     def thinker(self) -> Thinker | None:
         """The language model of an energy run; None for another."""
-        run = None if self.config is None else self.config.method_config
-        if not isinstance(run, EnergyConfig):
-            return None
-        return Thinker(run, energy.model_config(self.model, run), self.think, self.seed)
+        found = self.language_model if self.kind == "energy" else None
+        return found if isinstance(found, Thinker) else None
 
     def require_thinker(self, mode: str) -> Thinker:
         """The thinker. Raises ValueError where there is none, in the name of a mode."""
@@ -111,6 +108,51 @@ class Restored(NamedTuple):
             method = "no run" if self.config is None else f"a run of {self.config.method}"
             raise ValueError(f"--mode={mode} is for an energy run, and this is {method}")
         return self.thinker
+
+
+def _language_model(
+    config: RunConfig | None,
+    model: TransformerConfig,
+    *,
+    think: ThinkConfig,
+    depth: DepthConfig,
+    seed: int,
+) -> LanguageModel:
+    kind = kinds.kind_of(config, model)
+    if kind in ("questions", "images"):
+        raise ValueError(f"{kinds.KINDS[kind].what} predicts no text")
+    if kind == "recurrent":
+        return RecurrentModel(model, depth, seed)
+    run = None if config is None else config.method_config
+    if isinstance(run, EnergyConfig):
+        return Thinker(run, energy.model_config(model, run), think, seed)
+    return Trunk(model)
+
+
+def check(
+    workdir: str,
+    mode: str,
+    *,
+    think: Mapping[str, Any] | None = None,
+    depth: Mapping[str, Any] | None = None,
+) -> None:
+    """Raises ValueError where the model in `workdir` cannot do what is asked; see `restore`.
+
+    Reads its configuration alone, and touches no device.
+    """
+    folder = epath.Path(workdir).expanduser()
+    flags = {"think": think or {}, "depth": depth or {}}
+    if checkpoint.checkpoints_folder(folder).exists():
+        config = _read_record(folder).config
+        model = config.model
+    else:
+        config, model = None, checkpoint.load_pretrained(str(folder), weights=False).config
+    kind = kinds.kind_of(config, model)
+    kinds.check_mode(workdir, kind, mode)
+    kinds.check_flags(folder, kind, **flags)
+    if mode in ("generate", "evaluate", "score"):
+        thinking, deepness = ThinkConfig(**flags["think"]), DepthConfig(**flags["depth"])
+        _ = _language_model(config, model, think=thinking, depth=deepness, seed=0)
 
 
 def restore(
@@ -142,10 +184,15 @@ def restore(
 _Flags = dict[str, Mapping[str, Any]]
 
 
-def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags) -> Restored:
+def _read_record(folder: epath.Path) -> checkpoint.Record:
     record = checkpoint.read_record(folder)
     if record is None:
         raise FileNotFoundError(f"{folder} holds no run: it has no {checkpoint.CONFIG_FILE}")
+    return record
+
+
+def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags) -> Restored:
+    record = _read_record(folder)
     config = record.config
     kinds.check_flags(folder, kinds.kind_of(config, config.model), **flags)
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)

@@ -15,7 +15,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.depth_language import RecurrentModel, Watch, examine, start_state, start_watch
-from jaxlib_methods.depth_sampling import Draws, Text, append, draw, empty_text, read_prompts
+from jaxlib_methods.depth_sampling import (
+    Draws,
+    Sampler,
+    Text,
+    append,
+    draw,
+    empty_text,
+    read_prompts,
+)
 from jaxlib_methods.models import recurrent_depth
 from jaxlib_methods.models.recurrent_depth import Reading, RecurrentCache
 
@@ -89,46 +97,10 @@ def start(
     )
 
 
-def advance(
-    model: RecurrentModel,
-    params: Any,
-    state: ContinuousState,
-    draws: Draws,
-    *,
-    num_rounds: jax.Array | int | None = None,
-) -> ContinuousState:
-    """Up to `num_rounds` more ticks (none: as many as it takes); ends when every row is done.
-
-    A row is done at its stop token, which is counted, or when it has all its tokens.
-    """
-
-    def unfinished(carry: tuple[jax.Array, ContinuousState]) -> jax.Array:
-        more = ~carry[1].text.done.all()
-        return more if num_rounds is None else more & (carry[0] < num_rounds)
-
-    def body(carry: tuple[jax.Array, ContinuousState]) -> tuple[jax.Array, ContinuousState]:
-        return carry[0] + 1, _tick(model, params, carry[1], draws)
-
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
-
-
-def generate(
-    model: RecurrentModel,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    draws: Draws,
-    *,
-    max_new_tokens: int,
-) -> ContinuousState:
-    """Continues each prompt by up to `max_new_tokens` tokens: `start` and `advance` to the end."""
-    state = start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
-    return advance(model, params, state, draws)
-
-
-def _tick(
+def next_round(
     model: RecurrentModel, params: Any, state: ContinuousState, draws: Draws
 ) -> ContinuousState:
+    """A tick: one iteration of each row's token, and the next token where that is the last."""
     running = ~state.text.done
     latent, cache = recurrent_depth.iterate(
         model.model,
@@ -219,3 +191,6 @@ def _read(
     )
     assert new is not None
     return reading, new
+
+
+CONTINUOUS = Sampler(start, next_round)

@@ -6,6 +6,7 @@ from typing import Literal
 from jaxlib_methods.models.config import check_choices
 
 TOLERANCES = {"none": 0.0, "kl": 5e-4, "latent": 0.03, "entropy": 1e-3, "argmax": 5.0}
+LARGEST_WAVE = 64  # where nobody asks for more
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +41,8 @@ class DepthConfig:
     embedding_average: `parallel`: the weight of the last round's embedding in this round's.
     noise: `parallel`: the weight of new noise in the state before a round, over 1 + the iterations
         taken.
-    max_wave: `parallel`: tokens that are thought about at once, at most.
+    max_wave: `parallel`: tokens that are thought about at once, at most; none takes as many as
+        begin while one takes twice the iterations of the model, and no more than 64.
     draft_steps: `speculative`: iterations of a draft.
     draft_tokens: `speculative`: drafts that are verified at once.
     """
@@ -59,7 +61,7 @@ class DepthConfig:
     freeze_tolerance: float = 0.03
     embedding_average: float = 0.1
     noise: float = 0.0
-    max_wave: int = 64
+    max_wave: int | None = None
     draft_steps: int = 4
     draft_tokens: int = 8
 
@@ -74,7 +76,12 @@ class DepthConfig:
         _require(
             "tolerance", tolerance, tolerance is None or tolerance >= 0, "must not be negative"
         )
-        _require("max_wave", wave, wave >= 2, "must be at least 2: the last token and a draft")
+        _require(
+            "max_wave",
+            wave,
+            wave is None or wave >= 2,
+            "must be at least 2, the last token and a draft, or none",
+        )
         frozen = self.freeze_tolerance
         _require("freeze_tolerance", frozen, frozen > 0, "must be positive")
         average = self.embedding_average
@@ -123,7 +130,7 @@ def _require(name: str, value: object, condition: bool, why: str) -> None:
 
 
 def resolve(cfg: DepthConfig, recurrence: int) -> DepthConfig:
-    """The same with a model's own number of iterations, and kept ones, where they are not given.
+    """The same with what follows from a model's number of iterations where it is not given.
 
     Raises ValueError where they do not fit the rest.
 
@@ -132,4 +139,6 @@ def resolve(cfg: DepthConfig, recurrence: int) -> DepthConfig:
     """
     num_steps = cfg.num_steps or recurrence
     kept = cfg.kept_steps or (1 if cfg.sampler == "parallel" else num_steps)
-    return dataclasses.replace(cfg, num_steps=num_steps, kept_steps=kept)
+    # A token settles in about the model's iterations; a round adds one token.
+    wave = cfg.max_wave or min(LARGEST_WAVE, 2 * -(-num_steps // cfg.inner_steps) + 2)
+    return dataclasses.replace(cfg, num_steps=num_steps, kept_steps=kept, max_wave=wave)

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlib_methods.depth_config import DepthConfig, resolve
-from jaxlib_methods.models import recurrent_depth
+from jaxlib_methods.models import decoding, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.decoding import Stream
 from jaxlib_methods.models.recurrent_depth import Reading, RecurrentCache
 from jaxlib_methods.models.transformer import Outputs
 
@@ -59,25 +61,46 @@ class Watch(NamedTuple):
 class RecurrentModel:
     """A language model with a call like `models.transformer.forward`, and its cache.
 
-    depth is resolved here. Hashable, and equal where it does the same: a static argument of `jit`.
+    depth is resolved here. A pytree of the seed: as an argument of `jit` another seed needs no
+    other program. Hashable too, and equal where it does the same.
     seed: of the noise that a token begins from, which depends on its position alone. A call of one
-    token with a cache is a decode step; other calls read their tokens at once, as prompts.
+    token with a cache is a decode step; other calls, and `read_prompt`, read theirs at once.
     """
 
     model: TransformerConfig
     depth: DepthConfig = DepthConfig()  # noqa: RUF009 (it is frozen)
-    seed: int = 0
+    seed: jax.Array | int = 0
 
     def __post_init__(self) -> None:
         if not self.model.recurrence:
             raise ValueError("recurrence 0 is a plain transformer; give a model with recurrence")
         object.__setattr__(self, "depth", resolve(self.depth, self.model.recurrence))
+        if self.model.injection == "none":
+            self._check_without_injection()
+
+    def _check_without_injection(self) -> None:
+        depth, model = self.depth, "a model of injection 'none'"
+        if depth.sampler == "parallel":
+            raise ValueError(
+                f"depth.sampler=parallel reads drafts again, which {model} does not; give "
+                "depth.sampler=sequential or continuous"
+            )
+        for name, unread in {"warm_start": False, "state_scale": 1.0}.items():
+            if getattr(depth, name) != unread:
+                raise ValueError(
+                    f"depth.{name}={getattr(depth, name)} has no meaning for {model}, whose tokens "
+                    "begin from what they are; leave it out"
+                )
 
     @property
     def num_steps(self) -> int:
         """Iterations of a token, at most."""
         assert self.depth.num_steps is not None
         return self.depth.num_steps
+
+    def key(self, stream: Stream) -> jax.Array:
+        """Of the draws of its own: the states that tokens begin from, and the noise in them."""
+        return decoding.stream_key(self.seed, stream)
 
     def init_cache(self, params: Any, *, batch_size: int, length: int) -> DepthCache:
         """An empty cache of `length` tokens."""
@@ -101,8 +124,25 @@ class RecurrentModel:
 
         Raises ValueError for a cache that is not of this model's `init_cache`.
         """
-        self._check_cache(cache)
         decodes = cache is not None and inputs.shape[1] == 1
+        arguments = {"positions": positions, "segments": segments, "cache": cache}
+        return self._call(params, inputs, decodes=decodes, **arguments)
+
+    def read_prompt(self, params: Any, inputs: jax.Array, **arguments: Any) -> Outputs:
+        """A call whose tokens, even a single one, are a prompt's and not decoded."""
+        return self._call(params, inputs, decodes=False, **arguments)
+
+    def _call(
+        self,
+        params: Any,
+        inputs: jax.Array,
+        *,
+        positions: jax.Array,
+        segments: jax.Array,
+        cache: DepthCache | None,
+        decodes: bool,
+    ) -> Outputs:
+        self._check_cache(cache)
         warm = cache.state if cache is not None and decodes and self.depth.warm_start else None
         thought = think_steps(
             self,
@@ -138,6 +178,19 @@ class RecurrentModel:
             )
 
 
+def _flatten(model: RecurrentModel) -> tuple[tuple[Any], tuple[TransformerConfig, DepthConfig]]:
+    seed = model.seed  # which as a number of its own may have more than 31 bits
+    seed = np.uint32(seed % 2**32) if isinstance(seed, int) else seed
+    return (seed,), (model.model, model.depth)
+
+
+def _unflatten(static: tuple[TransformerConfig, DepthConfig], leaves: Any) -> RecurrentModel:
+    return RecurrentModel(*static, *leaves)
+
+
+jax.tree_util.register_pytree_node(RecurrentModel, _flatten, _unflatten)
+
+
 def start_state(
     model: RecurrentModel, reading: Reading, positions: jax.Array, *, warm: jax.Array | None = None
 ) -> jax.Array:
@@ -148,7 +201,7 @@ def start_state(
     cfg, depth = model.model, model.depth
     if cfg.injection == "none":
         return reading.embedded
-    key = jax.random.key(model.seed)
+    key = model.key(Stream.STATE)
     state = recurrent_depth.state_at(cfg, positions, key, scale=depth.state_scale)
     if warm is None:
         return state

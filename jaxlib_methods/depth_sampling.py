@@ -1,8 +1,10 @@
-"""What the samplers of a recurrent-depth model share: prompts, draws and the text so far."""
+"""What the samplers of a recurrent-depth model share: prompts, draws, the text and the loop."""
 
 # Dimension key: B batch, P padded prompt, L tokens at once, T new tokens, V padded vocabulary.
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +91,7 @@ def read_prompts(
     if P == 1:
         return cache
     indices = jnp.arange(P - 1)[None] - (P - lengths)[:, None]
-    out: Any = model(
+    out: Any = model.read_prompt(
         params,
         tokens[:, :-1],
         positions=jnp.maximum(indices, 0),
@@ -97,3 +99,70 @@ def read_prompts(
         cache=cache,
     )
     return out.cache
+
+
+class _Sampled(Protocol):
+    @property
+    def text(self) -> Text: ...
+
+
+State = TypeVar("State", bound=_Sampled)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler(Generic[State]):
+    """A way to continue prompts: how it begins, and what it does again and again.
+
+    start: `(model, params, tokens, lengths, *, max_new_tokens)` to a first state.
+    next_round: `(model, params, state, draws)` to a state with the same tokens, and maybe more.
+    """
+
+    start: Callable[..., State]
+    next_round: Callable[[RecurrentModel, Any, State, Draws], State]
+
+    def advance(
+        self,
+        model: RecurrentModel,
+        params: Any,
+        state: State,
+        draws: Draws,
+        *,
+        num_rounds: jax.Array | int | None = None,
+        num_tokens: jax.Array | int | None = None,
+    ) -> State:
+        """More rounds until every row is done, at its stop token, which counts, or with no room.
+
+        num_rounds: at most so many. num_tokens: until a row has so many more tokens.
+        """
+        lengths = state.text.lengths
+
+        def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
+            count, text = carry[0], carry[1].text
+            more = ~text.done.all()
+            if num_rounds is not None:
+                more &= count < num_rounds
+            if num_tokens is not None:
+                more &= (text.lengths - lengths < num_tokens).all()
+            return more
+
+        def body(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+            return carry[0] + 1, self.next_round(model, params, carry[1], draws)
+
+        return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
+
+    def generate(
+        self,
+        model: RecurrentModel,
+        params: Any,
+        tokens: jax.Array,
+        lengths: jax.Array,
+        draws: Draws,
+        *,
+        max_new_tokens: int,
+    ) -> State:
+        """Continues each prompt by up to `max_new_tokens` tokens: from the start to the end.
+
+        tokens: int32 `[B, P]`, left-padded; lengths: int32 `[B]`, real tokens, at least 1.
+        """
+        state = self.start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
+        return self.advance(model, params, state, draws)

@@ -20,7 +20,15 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.depth_language import RecurrentModel, think_steps
-from jaxlib_methods.depth_sampling import Draws, Text, append, draw, empty_text, read_prompts
+from jaxlib_methods.depth_sampling import (
+    Draws,
+    Sampler,
+    Text,
+    append,
+    draw,
+    empty_text,
+    read_prompts,
+)
 from jaxlib_methods.models.recurrent_depth import RecurrentCache
 
 
@@ -84,46 +92,10 @@ def start(
     )
 
 
-def advance(
-    model: RecurrentModel,
-    params: Any,
-    state: SpeculativeState,
-    draws: Draws,
-    *,
-    num_rounds: jax.Array | int | None = None,
-) -> SpeculativeState:
-    """Up to `num_rounds` more rounds (none: as many as it takes); ends when every row is done.
-
-    A row is done at its stop token, which is counted, or when it has all its tokens.
-    """
-
-    def unfinished(carry: tuple[jax.Array, SpeculativeState]) -> jax.Array:
-        more = ~carry[1].text.done.all()
-        return more if num_rounds is None else more & (carry[0] < num_rounds)
-
-    def body(carry: tuple[jax.Array, SpeculativeState]) -> tuple[jax.Array, SpeculativeState]:
-        return carry[0] + 1, _round(model, params, carry[1], draws)
-
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
-
-
-def generate(
-    model: RecurrentModel,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    draws: Draws,
-    *,
-    max_new_tokens: int,
-) -> SpeculativeState:
-    """Continues each prompt by up to `max_new_tokens` tokens: `start` and `advance` to the end."""
-    state = start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
-    return advance(model, params, state, draws)
-
-
-def _round(
+def next_round(
     model: RecurrentModel, params: Any, state: SpeculativeState, draws: Draws
 ) -> SpeculativeState:
+    """Drafts, verifies them together, and appends 1 to n + 1 tokens to each row."""
     N, running = model.depth.draft_tokens, ~state.text.done
     drafts, cache = _draft(model, params, state, draws)
     read = jnp.concatenate([state.last[:, None], drafts], axis=1)
@@ -188,3 +160,6 @@ def _think(
     )
     assert thought.cache is not None
     return thought.logits, thought.cache
+
+
+SPECULATIVE = Sampler(start, next_round)

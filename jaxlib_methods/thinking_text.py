@@ -17,7 +17,8 @@ from jaxlib_methods import energy_text
 from jaxlib_methods.descent import Energy
 from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.energy_text import Descent, Observed
-from jaxlib_methods.models import energy_transformer
+from jaxlib_methods.models import decoding, energy_transformer
+from jaxlib_methods.models.decoding import Stream
 from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig, Rows
 from jaxlib_methods.models.transformer import KVCache, Outputs
 from jaxlib_methods.thinking import Problem, ThinkConfig, think
@@ -125,6 +126,7 @@ def score(
     return energy_transformer.judge(model, params, certain, context.rows, cache)
 
 
+@jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Thinker:
     """A language model that thinks: a call like `models.transformer.forward`, and its cache.
@@ -202,5 +204,6 @@ class Thinker:
 
     def problem(self, params: Any, context: Observed) -> tuple[Problem, jax.Array]:
         """What is thought about in a context: see `make_problem`."""
-        keys = candidate_keys(jax.random.key(self.seed), self.think.num_candidates)
+        key = decoding.stream_key(self.seed, Stream.CANDIDATES)
+        keys = candidate_keys(key, self.think.num_candidates)
         return make_problem(self.run, self.model, params, context, self.think, keys=keys)

@@ -18,17 +18,28 @@ the model's iterations, and lets the next one pass.
 
 # Dimension key: B batch, W wave, P padded prompt, T new tokens, M cache slots, D width.
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.depth_language import RecurrentModel, relative_change
-from jaxlib_methods.depth_sampling import Draws, Text, append, draw, empty_text, read_prompts
+from jaxlib_methods.depth_sampling import (
+    Draws,
+    Sampler,
+    Text,
+    append,
+    draw,
+    empty_text,
+    read_prompts,
+)
 from jaxlib_methods.models import recurrent_depth
+from jaxlib_methods.models.decoding import Stream
 from jaxlib_methods.models.recurrent_depth import RecurrentCache
 
 PATIENCE = 2
+SMALLEST_WINDOW = 8
 
 
 class Wave(NamedTuple):
@@ -87,15 +98,9 @@ def start(
     """Reads all but the last token of each prompt, from which the first wave begins.
 
     tokens: int32 `[B, P]`, left-padded; lengths: int32 `[B]`, real tokens, at least 1.
-    Raises ValueError for a model that keeps more than one iteration of each token, or whose state
-    does not read the token again.
+    Raises ValueError for a model that keeps more than one iteration of each token.
     """
     depth = model.depth
-    if model.model.injection == "none":
-        raise ValueError(
-            "injection 'none' reads a token once, and a draft must be read again; give "
-            "depth.sampler=sequential"
-        )
     if depth.kept_steps != 1:
         raise ValueError(
             f"depth.kept_steps={depth.kept_steps} must be 1 for tokens that are thought about at "
@@ -104,6 +109,7 @@ def start(
     B, P = tokens.shape
     text = empty_text(B, max_new_tokens)
     cache = read_prompts(model, params, tokens, lengths, num_slots=P + max_new_tokens).tokens
+    assert depth.max_wave is not None
     W = min(depth.max_wave, max_new_tokens + 1)
     begin = lengths - 1
     wave = Wave(
@@ -126,51 +132,54 @@ def start(
     )
 
 
-def advance(
-    model: RecurrentModel,
-    params: Any,
-    state: WaveState,
-    draws: Draws,
-    *,
-    num_rounds: jax.Array | int | None = None,
-) -> WaveState:
-    """Up to `num_rounds` more rounds (none: as many as it takes); ends when every row is done.
-
-    A row is done when its stop token is final, which is counted, or when it has all its tokens.
-    """
-
-    def unfinished(carry: tuple[jax.Array, WaveState]) -> jax.Array:
-        more = ~carry[1].text.done.all()
-        return more if num_rounds is None else more & (carry[0] < num_rounds)
-
-    def body(carry: tuple[jax.Array, WaveState]) -> tuple[jax.Array, WaveState]:
-        return carry[0] + 1, _round(model, params, carry[1], draws)
-
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(0), state))[1]
-
-
-def generate(
-    model: RecurrentModel,
-    params: Any,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    draws: Draws,
-    *,
-    max_new_tokens: int,
-) -> WaveState:
-    """Continues each prompt by up to `max_new_tokens` tokens: `start` and `advance` to the end."""
-    state = start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
-    return advance(model, params, state, draws)
-
-
 def _positions(start: jax.Array, width: int) -> jax.Array:
     return start[:, None] + jnp.arange(width)[None]
 
 
 def _fresh(model: RecurrentModel, positions: jax.Array) -> jax.Array:
-    key = jax.random.key(model.seed)
-    scale = model.depth.state_scale
+    key, scale = model.key(Stream.STATE), model.depth.state_scale
     return recurrent_depth.state_at(model.model, positions, key, scale=scale)
+
+
+def next_round(model: RecurrentModel, params: Any, state: WaveState, draws: Draws) -> WaveState:
+    """Takes r' iterations of all tokens of the wave, and moves it behind what is final then.
+
+    What is computed is a window of the wave, the smallest of a few that holds all its tokens.
+    """
+    sizes = window_sizes(state.wave.tokens.shape[1])
+    width = jnp.where(state.text.done, 0, state.wave.width).max()
+
+    def of_size(size: int, state: WaveState) -> WaveState:
+        cut = _resize(state.wave, size)
+        new = _round(model, params, state._replace(wave=cut), draws)
+        return new._replace(wave=_resize(new.wave, sizes[-1]))
+
+    # With room for the token that the round adds.
+    smallest = jnp.searchsorted(jnp.array(sizes[:-1], jnp.int32), width + 1)
+    return jax.lax.switch(smallest, [functools.partial(of_size, size) for size in sizes], state)
+
+
+def window_sizes(wave: int) -> list[int]:
+    """The sizes of windows of a wave: itself, and halves as long as they are not too small.
+
+    >>> window_sizes(18)
+    [9, 18]
+    """
+    sizes = [wave]
+    while sizes[0] >= 2 * SMALLEST_WINDOW:
+        sizes.insert(0, -(-sizes[0] // 2))
+    return sizes
+
+
+def _resize(wave: Wave, size: int) -> Wave:
+    """Its first `size` places, of which those that were not there are empty."""
+    more = max(0, size - wave.tokens.shape[1])
+
+    def of(x: jax.Array) -> jax.Array:
+        return jnp.pad(x[:, :size], ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)))
+
+    resized = jax.tree.map(of, wave._replace(start=wave.tokens, width=wave.tokens))
+    return resized._replace(start=wave.start, width=wave.width)
 
 
 def _round(model: RecurrentModel, params: Any, state: WaveState, draws: Draws) -> WaveState:
@@ -250,8 +259,7 @@ def _exhausted(model: RecurrentModel, wave: Wave) -> jax.Array:
 
 def _blur(model: RecurrentModel, wave: Wave, positions: jax.Array, rounds: jax.Array) -> jax.Array:
     """(1 - b) s + b noise,  b = beta / (1 + iterations taken)."""
-    key = jax.random.fold_in(jax.random.key(model.seed), 1)
-    scale = model.depth.state_scale
+    key, scale = model.key(Stream.NOISE), model.depth.state_scale
 
     def of_row(positions: jax.Array, number: jax.Array) -> jax.Array:
         drawn = jax.random.fold_in(key, number)
@@ -310,3 +318,6 @@ def _move(
         steps=jnp.where(here, wave.steps[rows, source], 0),
         steady=jnp.where(changed, 0, wave.steady[rows, source]),
     )
+
+
+PARALLEL = Sampler(start, next_round)

@@ -7,6 +7,7 @@ part through its `apply` and a cache, so that every trunk with `Transformer`'s c
 # Dimension key: B batch, P padded prompt, M cache slots, T new tokens, V padded vocabulary.
 
 import dataclasses
+import enum
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,7 +21,22 @@ from jaxlib_methods.models.transformer import KVCache, Outputs
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
 
 # `apply(params, inputs, *, positions, segments, cache)`: `functools.partial(forward, cfg)`.
+# Where it has a `read_prompt`, called alike, prompts are read by that.
 Apply = Callable[..., Outputs]
+
+
+class Stream(enum.IntEnum):
+    """What is drawn from a seed. No two share a key."""
+
+    TOKENS = 0
+    STATE = 1  # that a recurrent model's thinking begins from
+    NOISE = 2  # in such a state
+    CANDIDATES = 3  # of an energy model
+
+
+def stream_key(seed: jax.Array | int, stream: Stream) -> jax.Array:
+    """The key of what is drawn, of which everything folds further."""
+    return jax.random.fold_in(jax.random.key(seed), stream)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,7 +189,8 @@ def prefill(
     if P > 1:
         indices = jnp.arange(P - 1)[None] - (P - lengths)[:, None]
         positions, segments = jnp.maximum(indices, 0), (indices >= 0).astype(jnp.int32)
-        out = apply(params, tokens[:, :-1], positions=positions, segments=segments, cache=cache)
+        read = getattr(apply, "read_prompt", apply)
+        out = read(params, tokens[:, :-1], positions=positions, segments=segments, cache=cache)
         assert out.cache is not None
         cache = out.cache
     zeros = jnp.zeros((B,), jnp.int32)
@@ -189,12 +206,15 @@ def prefill(
 
 
 def next_logits(apply: Apply, params: Any, state: DecodeState) -> tuple[jax.Array, KVCache]:
-    """Logits `[B, V]` of the token after `state.last`, and the cache with `state.last` in it."""
+    """Logits `[B, V]` of the token after `state.last`, and the cache with `state.last` in it.
+
+    Rows that are done read padding: they mean nothing, and no thinking waits for them.
+    """
     out = apply(
         params,
         state.last[:, None],
         positions=state.positions[:, None],
-        segments=jnp.ones_like(state.last)[:, None],
+        segments=(~state.done).astype(jnp.int32)[:, None],
         cache=state.cache,
     )
     assert out.cache is not None

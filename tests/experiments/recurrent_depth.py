@@ -123,7 +123,11 @@ def sampled(folder: pathlib.Path, temperature: float) -> Any:
         tokens = text.rows(range(PROMPTS)).inputs[:, :40]
         lengths = np.full(PROMPTS, 40, np.int32)
         draws = depth_sampling.make_draws(sampling, jax.random.key(0))
-        modules = {"speculative": speculative, "continuous": continuous, "parallel": wavefront}
+        samplers = {
+            "speculative": speculative.SPECULATIVE,
+            "continuous": continuous.CONTINUOUS,
+            "parallel": wavefront.PARALLEL,
+        }
         found = {}
         expected = None
         every = {"one after the other": {"sampler": "continuous"}, **SAMPLERS}
@@ -131,7 +135,7 @@ def sampled(folder: pathlib.Path, temperature: float) -> Any:
             depth = {"sampler": "parallel", **fields}
             model = restored(folder, num_steps=32 if "sampler" not in fields else 8, **depth)
             state = jax.jit(
-                lambda params, model=model, depth=depth: modules[depth["sampler"]].generate(
+                lambda params, model=model, depth=depth: samplers[depth["sampler"]].generate(
                     model.language_model, params, tokens, lengths, draws,
                     max_new_tokens=NEW_TOKENS,
                 )

@@ -1,8 +1,9 @@
 """Every sampler of a recurrent model writes the text of one token after the other."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,9 +11,9 @@ from jaxlib_methods.depth_config import DepthConfig
 from jaxlib_methods.infer import generate as generate_module
 from jaxlib_methods.infer.generate import generate
 from jaxlib_methods.infer.restore import Restored
-from jaxlib_methods.models import partitioning, recurrent_depth
+from jaxlib_methods.models import decoding, partitioning, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.decoding import SamplingConfig
+from jaxlib_methods.models.decoding import SamplingConfig, Stream
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
 MODEL = TransformerConfig(
@@ -79,6 +80,29 @@ def test_a_parallel_text_is_streamed_piece_by_piece(restored: Restored, expected
     assert found == expected
     assert "".join(pieces) == expected[0].text
     assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("sampler", ["sequential", "continuous"])
+def test_a_text_is_looked_at_once_a_token_while_it_is_shown(
+    restored: Restored, monkeypatch: pytest.MonkeyPatch, sampler: Any
+) -> None:
+    """And not after each iteration. Another seed of the states takes no other program."""
+    model = restored._replace(depth=DepthConfig(sampler=sampler, freeze_tolerance=1e-3))
+    steps, looks, keys = cast(Any, generate_module._steps), [], []
+
+    def counted(*arguments: Any, **settings: Any) -> Any:
+        looks.append(settings["num_tokens"])
+        keys.append(settings["key"])
+        return steps(*arguments, **settings)
+
+    monkeypatch.setattr(generate_module, "_steps", counted)
+    shown = generate(model, PROMPTS, show=lambda _: None, **SETTINGS)
+    # The rows are in step.
+    assert looks == [1] * max(len(c.tokens) for c in shown)
+    assert (jnp.stack(keys) == decoding.stream_key(SETTINGS["seed"], Stream.TOKENS)).all()
+    before = steps._cache_size()
+    generate(model._replace(seed=7), PROMPTS, show=lambda _: None, **SETTINGS)
+    assert steps._cache_size() == before
 
 
 def test_a_plain_model_has_no_other_sampler(restored: Restored) -> None:

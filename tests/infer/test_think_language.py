@@ -19,7 +19,7 @@ from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.infer.think_language_report import Thinking
 from jaxlib_methods.method import Batch
-from jaxlib_methods.models import partitioning, recurrent_depth
+from jaxlib_methods.models import decoding, partitioning, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.train import checkpoint, data
 from jaxlib_methods.train.checkpoint import Checkpoints, Record
@@ -96,7 +96,8 @@ def states(restored: Restored, batch: Batch) -> dict[int, list[np.ndarray]]:
     advance = jax.jit(lambda s: recurrent_depth.iterate(MODEL, restored.params, s, reading)[0])
     kept = {}
     for seed in (0, 1):
-        state = recurrent_depth.state_at(MODEL, batch.positions, jax.random.key(seed))
+        key = decoding.stream_key(seed, decoding.Stream.STATE)
+        state = recurrent_depth.state_at(MODEL, batch.positions, key)
         path = [state]
         for _ in range(MOST):
             path.append(advance(path[-1]))
@@ -199,7 +200,8 @@ def test_gradients_in_the_states_are_those_of_zeros_that_are_added(
     reading = read(restored, batch)
 
     def loss(probes: list[jax.Array]) -> jax.Array:
-        state = recurrent_depth.state_at(MODEL, batch.positions, jax.random.key(0)) + probes[0]
+        key = decoding.stream_key(0, decoding.Stream.STATE)
+        state = recurrent_depth.state_at(MODEL, batch.positions, key) + probes[0]
         for probe in probes[1:]:
             state = recurrent_depth.iterate(MODEL, restored.params, state, reading)[0] + probe
         logits = recurrent_depth.predict(MODEL, restored.params, state, reading)[0]

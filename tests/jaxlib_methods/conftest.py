@@ -59,9 +59,7 @@ def contraction() -> Contraction:
     )
 
 
-@functools.partial(
-    jax.jit, static_argnums=0, static_argnames="max_new_tokens", compiler_options=QUICK
-)
+@functools.partial(jax.jit, static_argnames="max_new_tokens", compiler_options=QUICK)
 def _continue(
     model: RecurrentModel,
     params: Any,
@@ -87,13 +85,14 @@ def _continue(
 
 
 @pytest.fixture(scope="session")
-def one_by_one(
-    contraction: Contraction,
-) -> Callable[[RecurrentModel, Draws, int], np.ndarray]:
-    """What `decoding` writes after the prompts: each token after the one before it."""
+def one_by_one(contraction: Contraction) -> Callable[..., np.ndarray]:
+    """What `decoding` writes after the prompts, or some rows of them: a token after the other."""
 
-    def write(model: RecurrentModel, draws: Draws, max_new_tokens: int) -> np.ndarray:
-        _, *arguments = contraction
-        return np.asarray(_continue(model, *arguments, draws, max_new_tokens=max_new_tokens))
+    def write(
+        model: RecurrentModel, draws: Draws, max_new_tokens: int, rows: tuple[int, int] = (0, 1)
+    ) -> np.ndarray:
+        _, params, prompts, lengths = contraction
+        arguments = (params, prompts[jnp.array(rows)], lengths[jnp.array(rows)], draws)
+        return np.asarray(_continue(model, *arguments, max_new_tokens=max_new_tokens))
 
     return write

@@ -16,8 +16,9 @@ from jaxlib_methods.depth_language import (
     start_watch,
     think_steps,
 )
+from jaxlib_methods.depth_sampling import make_draws
 from jaxlib_methods.models import decoding, recurrent_depth
-from jaxlib_methods.models.decoding import SamplingConfig
+from jaxlib_methods.models.decoding import SamplingConfig, Stream
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
@@ -42,22 +43,22 @@ CHANGES = {
 }
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=QUICK)
 def think(model: RecurrentModel, params: Any, inputs: jax.Array, **arguments: Any) -> Thought:
     return think_steps(model, params, inputs, **arguments)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=QUICK)
 def call(model: RecurrentModel, params: Any, inputs: jax.Array, **arguments: Any) -> Any:
     return model(params, inputs, **arguments)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="cfg", compiler_options=QUICK)
 def read(cfg: Any, params: Any, inputs: jax.Array, **arguments: Any) -> Any:
     return recurrent_depth.read(cfg, params, inputs, **arguments)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="cfg", compiler_options=QUICK)
 def step_by_hand(cfg: Any, params: Any, state: jax.Array, reading: Any, cache: Any, i: Any) -> Any:
     state, cache = recurrent_depth.iterate(cfg, params, state, reading, cache=cache, step=i)
     logits, _, cache = recurrent_depth.predict(cfg, params, state, reading, cache=cache)
@@ -86,6 +87,8 @@ def test_each_field_alone_may_change():
             assert getattr(found, name) in (value, 32, 1)
     assert resolve(DepthConfig(), 32).kept_steps == 32
     assert resolve(DepthConfig(sampler="parallel"), 32).kept_steps == 1
+    assert resolve(DepthConfig(), 32).max_wave == 2 * 32 / 4 + 2
+    assert resolve(DepthConfig(inner_steps=1), 32).max_wave == 64
     assert DepthConfig(exit="kl").threshold == 5e-4
     assert DepthConfig(exit="argmax", tolerance=2).threshold == 2
 
@@ -113,9 +116,7 @@ def test_what_cannot_be_is_refused(fields: dict[str, Any], message: str):
         DepthConfig(**fields)
 
 
-def test_a_model_takes_its_recurrence_and_is_equal_where_it_does_the_same(
-    contraction: Any,
-):
+def test_a_model_takes_its_recurrence_and_is_equal_where_it_does_the_same(contraction: Any):
     model = model_of(contraction)
     assert (model.num_steps, model.depth.kept_steps) == (8, 8)
     assert hash(model) == hash(model_of(contraction, num_steps=8, kept_steps=8))
@@ -151,7 +152,7 @@ def test_token_by_token_equals_the_full_forward(contraction: Any):
 
 def test_tokens_end_at_once_as_they_end_one_by_one(contraction: Any):
     """Those that run on see the deepest keys of those that have ended."""
-    model = model_of(contraction, exit="latent", tolerance=0.15, exit_in_prompt=True)
+    model = model_of(contraction, exit="latent", tolerance=0.2, exit_in_prompt=True)
     cache = model.init_cache(None, batch_size=2, length=9).tokens
     whole = think(model, contraction.params, text(), **places(text()), cache=cache)
     assert whole.cache is not None
@@ -182,7 +183,7 @@ class Trajectory:
         self.cache, self.inputs = before.cache, text(6)[:, 5:]
         self.where = places(self.inputs, 5)
         reading, cache = read(cfg, params, self.inputs, **self.where, cache=self.cache)
-        state = recurrent_depth.state_at(cfg, self.where["positions"], jax.random.key(0))
+        state = recurrent_depth.state_at(cfg, self.where["positions"], model.key(Stream.STATE))
         self.states, self.logits = [np.asarray(state[:, 0])], []
         for i in range(8):
             state, logits, cache = step_by_hand(cfg, params, state, reading, cache, jnp.int32(i))
@@ -336,6 +337,25 @@ def test_prompts_end_early_only_where_they_may(contraction: Any):
     assert (np.asarray(cache.tokens.steps)[:, :5] == 1).all()
 
 
+@functools.partial(jax.jit, compiler_options=QUICK)
+def read_and_decode(model: RecurrentModel, params: Any, done: jax.Array) -> tuple[Any, Any]:
+    cache: Any = model.init_cache(None, batch_size=2, length=2)
+    two = jnp.full((2,), 2)
+    state = decoding.prefill(model, params, text(2), two, cache=cache, max_new_tokens=1)
+    return state.cache, decoding.next_logits(model, params, state._replace(done=done))[1]
+
+
+def test_a_prompt_of_one_token_is_not_decoded_and_a_finished_row_does_not_think(contraction: Any):
+    """Any change is small enough, but not in a prompt, even where all but its last is one token."""
+    model = model_of(contraction, exit="latent", tolerance=1e9, warm_start=True)
+    done = jnp.array([True, False])
+    prompt, after = read_and_decode(model, contraction.params, done)
+    assert prompt.tokens.steps.tolist() == [[8, 0], [8, 0]]
+    assert after.tokens.steps.tolist() == [[8, 0], [8, 1]]
+    np.testing.assert_array_equal(after.state[0], prompt.state[0])
+    assert (np.asarray(after.state[1]) != np.asarray(prompt.state[1])).any()
+
+
 def test_a_warm_start_begins_where_the_token_before_ended(contraction: Any):
     """Any change is small enough, but in a prompt: the token after it ends after one iteration."""
     cfg, params = contraction.cfg, contraction.params
@@ -350,7 +370,7 @@ def test_a_warm_start_begins_where_the_token_before_ended(contraction: Any):
     after = {"positions": jnp.array([[0], [5]]), "segments": jnp.ones((2, 1), jnp.int32)}
     found = call(model, params, text(6)[:, 5:], **after, cache=out.cache)
     assert found.cache.tokens.steps.tolist() == [[1] + [0] * 5, [8] * 5 + [1]]
-    cold = recurrent_depth.state_at(cfg, after["positions"], jax.random.key(0))
+    cold = recurrent_depth.state_at(cfg, after["positions"], model.key(Stream.STATE))
     began = jnp.stack([cold[0], out.cache.state[1][None]])
     reading, tokens = read(cfg, params, text(6)[:, 5:], **after, cache=out.cache.tokens)
     state, logits, _ = step_by_hand(cfg, params, began, reading, tokens, jnp.int32(0))
@@ -363,12 +383,29 @@ def test_without_noise_the_seed_means_nothing(contraction: Any):
 
     def state(seed: int, scale: float) -> np.ndarray:
         model = model_of(contraction, seed, state_scale=scale)
+        return np.asarray(of_model(model, positions))
+
+    def begin(model: RecurrentModel, positions: jax.Array) -> jax.Array:
         reading: Any = None  # injection `none` alone begins from it
-        return np.asarray(start_state(model, reading, positions))
+        return start_state(model, reading, positions)
+
+    of_model: Any = jax.jit(begin)
 
     assert (state(0, 0.0) == 0).all()
+    assert (state(2**32 + 1, 1.0) == state(1, 1.0)).all()
     assert np.abs(state(0, 1.0) - state(1, 1.0)).max() > 0.1
     np.testing.assert_allclose(state(1, 2.0), 2 * state(1, 1.0), rtol=1e-6)
+    # A program for each of the scales, and none for a seed.
+    assert of_model._cache_size() == 3
+
+
+def test_what_is_drawn_from_a_seed_has_keys_of_its_own(contraction: Any):
+    keys = [decoding.stream_key(4, stream) for stream in Stream]
+    # Samplers fold rows and tokens into theirs, states fold positions.
+    folded = [jax.random.fold_in(key, at) for key in keys for at in range(8)]
+    every = np.stack([jax.random.key_data(key) for key in [jax.random.key(4), *keys, *folded]])
+    assert len(np.unique(every, axis=0)) == len(every)
+    assert model_of(contraction, 4).key(Stream.STATE) == keys[Stream.STATE]
 
 
 def test_a_converged_prediction_does_not_depend_on_what_is_kept(contraction: Any):
@@ -385,30 +422,13 @@ def test_a_converged_prediction_does_not_depend_on_what_is_kept(contraction: Any
         np.testing.assert_allclose(out.logits, found, rtol=1e-3, atol=3e-3)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
-def continue_prompts(
-    model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    cache = model.init_cache(params, batch_size=len(tokens), length=tokens.shape[1] + 3)
-    return decoding.generate(
-        model,
-        params,
-        tokens,
-        lengths,
-        cache=cache,  # pyright: ignore
-        max_new_tokens=4,
-        sampling=SamplingConfig(temperature=0),
-        key=jax.random.key(0),
-    )
-
-
-def test_a_row_is_continued_whatever_the_others_are(contraction: Any):
-    model = model_of(contraction, num_steps=6, exit="kl", tolerance=0.01, warm_start=True)
-    prompts, lengths, params = contraction.prompts, contraction.lengths, contraction.params
-    both, _ = continue_prompts(model, params, prompts, lengths)
+def test_a_row_is_continued_whatever_the_others_are(contraction: Any, one_by_one: Any):
+    # The program is that of `test_continuous`.
+    rule: dict[str, Any] = {"exit": "kl", "tolerance": 0.003, "check_every": 2}
+    model = model_of(contraction, num_steps=12, warm_start=True, **rule)
+    draws = make_draws(SamplingConfig(temperature=0), jax.random.key(0), (-1,))
+    both = one_by_one(model, draws, 6)
     for row in range(2):
         # Beside a copy of itself.
-        at = jnp.array([row, row])
-        alone, _ = continue_prompts(model, params, prompts[at], lengths[at])
-        np.testing.assert_array_equal(alone[0], both[row])
+        np.testing.assert_array_equal(one_by_one(model, draws, 6, (row, row))[0], both[row])
     assert len(np.unique(both)) > 2

@@ -20,18 +20,18 @@ SAMPLINGS = {"greedy": SamplingConfig(temperature=0), "warm": SamplingConfig(tem
 SHALLOW = {"sampler": "speculative", "num_steps": 3, "draft_steps": 1, "draft_tokens": 3}
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=QUICK)
 def start(
     model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array
 ) -> SpeculativeState:
     return speculative.start(model, params, tokens, lengths, max_new_tokens=NEW)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=QUICK)
 def advance(
     model: RecurrentModel, params: Any, state: SpeculativeState, draws: Draws, num_rounds: int
 ) -> SpeculativeState:
-    return speculative.advance(model, params, state, draws, num_rounds=num_rounds)
+    return speculative.SPECULATIVE.advance(model, params, state, draws, num_rounds=num_rounds)
 
 
 def draws_of(name: str, stop: tuple[int, ...] = (-1,)) -> Draws:

@@ -25,19 +25,19 @@ SAMPLINGS = {
 SETTLED = {"sampler": "parallel", "num_steps": 24, "freeze_tolerance": 1e-4}
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=QUICK)
 def start(model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array) -> WaveState:
     return wavefront.start(model, params, tokens, lengths, max_new_tokens=NEW)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=QUICK)
 def advance(
     model: RecurrentModel, params: Any, state: WaveState, draws: Draws, num_rounds: int
 ) -> WaveState:
-    return wavefront.advance(model, params, state, draws, num_rounds=num_rounds)
+    return wavefront.PARALLEL.advance(model, params, state, draws, num_rounds=num_rounds)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, compiler_options=QUICK)
 def finals(model: RecurrentModel, *arguments: Any, running: jax.Array) -> jax.Array:
     return count_final(model, *arguments, running=running)
 
@@ -95,6 +95,30 @@ def test_a_wave_takes_fewer_serial_iterations(parallel: dict[str, WaveState]):
 
 def _host(state: WaveState) -> Any:
     return jax.tree.map(np.asarray, state)
+
+
+def test_a_window_of_the_wave_is_enough(
+    contraction: Any, parallel: dict[str, WaveState], monkeypatch: pytest.MonkeyPatch
+):
+    """Rounds of the first tokens alone, where there are no more, change nothing."""
+    assert wavefront.window_sizes(7) == [7]
+    assert wavefront.window_sizes(64) == [8, 16, 32, 64]
+    monkeypatch.setattr(wavefront, "SMALLEST_WINDOW", 3)
+    whole, computed = wavefront._round, []
+
+    def counted(model: Any, params: Any, state: WaveState, draws: Draws) -> WaveState:
+        computed.append(state.wave.tokens.shape[1])
+        return whole(model, params, state, draws)
+
+    monkeypatch.setattr(wavefront, "_round", counted)
+    model, draws = model_of(contraction), draws_of(SAMPLINGS["warm"])
+    advance = jax.jit(wavefront.PARALLEL.advance, compiler_options=QUICK)
+    found = advance(model, contraction.params, start(model, *contraction[1:]), draws)
+    assert set(computed) == {4, 7}
+    expected = parallel["warm"]
+    np.testing.assert_array_equal(found.tokens, expected.tokens)
+    np.testing.assert_array_equal(found.steps, expected.steps)
+    np.testing.assert_array_equal(found.rounds, expected.rounds)
 
 
 def test_all_iterations_in_a_round_of_two_tokens_are_sequential(

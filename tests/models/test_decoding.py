@@ -298,6 +298,9 @@ def test_finished_rows_stop_and_the_loop_ends_when_all_are_done():
     state = start(ROTARY, params_of(ROTARY), *padded(PROMPTS))
     state = steps(ROTARY, params_of(ROTARY), state, num_steps=NEW, **settings)
     assert int(state.step) == max(first) + 1
+    # A row that is done reads padding, which leaves nothing in the cache.
+    written = np.asarray(state.cache.segments)[:, WIDTH - 1 : WIDTH + max(first)]
+    assert written.sum(axis=1).tolist() == [t + 1 for t in first]
     assert state.tokens[:, : max(first) + 1].tolist() == [r[: max(first) + 1] for r in got]
     again = steps(ROTARY, params_of(ROTARY), state, num_steps=3, **settings)
     assert int(again.step) == int(state.step)
