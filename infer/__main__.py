@@ -34,7 +34,6 @@ def main(argv: list[str]) -> None:
             evaluate,
             export,
             generate,
-            kinds,
             restore,
             score,
             think,
@@ -42,6 +41,7 @@ def main(argv: list[str]) -> None:
 
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
+        restore.check(asked.workdir, asked.mode, think=asked.think, depth=asked.depth)
         mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
         restored = restore.restore(
             asked.workdir, mesh=mesh, step=asked.step, think=asked.think, depth=asked.depth
@@ -55,7 +55,6 @@ def main(argv: list[str]) -> None:
             "score": score,
             "denoise": denoise,
         }
-        kinds.check_mode(asked.workdir, restored.kind, asked.mode)
         modes[asked.mode].run(asked, restored)
 
 

@@ -11,6 +11,7 @@ from absl import flags
 from etils import epath
 
 from jaxlib_methods.depth_config import DepthConfig
+from jaxlib_methods.infer.kinds import either
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.thinking import ThinkConfig
 from jaxlib_methods.train.config import DataConfig, MeshConfig
@@ -21,6 +22,16 @@ FIXED_DATA = ("tokenizer", "separator_id")
 
 # Of --depth.*, what means something for a text that is read at once.
 READING_DEPTH = ("num_steps", "exit", "tolerance", "min_steps", "check_every", "state_scale")
+
+# Of --depth.*, what is read by some values of another field alone.
+_EXITS = ("exit", ("kl", "latent", "entropy", "argmax"))
+_PARALLEL, _SPECULATIVE = ("sampler", ("parallel",)), ("sampler", ("speculative",))
+_DEPTH_READERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("tolerance", "min_steps", "check_every", "exit_in_prompt"), _EXITS),
+    **dict.fromkeys(("inner_steps", "freeze_tolerance", "embedding_average"), _PARALLEL),
+    **dict.fromkeys(("noise", "max_wave"), _PARALLEL),
+    **dict.fromkeys(("draft_steps", "draft_tokens"), _SPECULATIVE),
+}
 
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
@@ -103,12 +114,29 @@ class InferConfig:
             raise ValueError("--data.* and --eval_batches are for --mode=evaluate and --mode=think")
         _ = self.sampling  # validates itself
         _ = ThinkConfig(**self.think)
-        _ = DepthConfig(**self.depth)
-        for field in self.depth if self.mode in ("evaluate", "think") else ():
-            if field not in READING_DEPTH:
+        self._check_depth()
+
+    def _check_depth(self) -> None:
+        cfg = DepthConfig(**self.depth)
+        for name, value in self.depth.items():
+            flag = f"--depth.{name}"
+            if self.mode == "export":
                 raise ValueError(
-                    f"--depth.{field} is for --mode=generate; --mode={self.mode} reads its text at "
-                    "once"
+                    f"{flag} is for --mode=generate, evaluate or think; --mode=export writes the "
+                    "model as it is: leave it out"
+                )
+            if self.mode in ("evaluate", "think") and name not in READING_DEPTH:
+                raise ValueError(
+                    f"{flag} is for --mode=generate; --mode={self.mode} reads its text at once"
+                )
+            if value is None or (self.mode == "think" and name in ("min_steps", "check_every")):
+                continue  # thinking tries every exit
+            field, readers = _DEPTH_READERS.get(name, ("", ()))
+            chosen = getattr(cfg, field) if field else None
+            if field and chosen not in readers:
+                raise ValueError(
+                    f"{flag}={format_value(value)} is read by --depth.{field}="
+                    f"{either(readers)} alone, and it is {chosen}; give that or leave {flag} out"
                 )
 
     @property

@@ -49,8 +49,8 @@ def check_mode(workdir: str, kind: Kind, mode: str) -> None:
         return
     able = [about.what for about in KINDS.values() if mode in about.modes]
     raise ValueError(
-        f"--mode={mode} is for {_either(able)}; {workdir} is {KINDS[kind].what}: give "
-        f"--mode={_either(KINDS[kind].modes)}"
+        f"--mode={mode} is for {either(able)}; {workdir} is {KINDS[kind].what}: give "
+        f"--mode={either(KINDS[kind].modes)}"
     )
 
 
@@ -65,6 +65,7 @@ def check_flags(workdir: object, kind: Kind, **sections: Mapping[str, Any]) -> N
             )
 
 
-def _either(names: list[str] | tuple[str, ...]) -> str:
+def either(names: list[str] | tuple[str, ...]) -> str:
+    """`a, b or c`."""
     *rest, last = names
     return f"{', '.join(rest)} or {last}" if rest else last

@@ -1,8 +1,12 @@
 """Flags of inference: what they give, and what they refuse in one line."""
 
+import dataclasses
+import re
+
 import pytest
 from absl import flags as absl_flags
 
+from jaxlib_methods.depth_config import DepthConfig
 from jaxlib_methods.infer import config
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.train import flags
@@ -81,6 +85,29 @@ def test_depth_flags_are_fields_of_the_depth():
             ["--workdir=a", "--mode=evaluate", "--depth.warm_start"],
             "--depth.warm_start is for --mode=generate; --mode=evaluate reads its text at once",
         ),
+        (
+            ["--workdir=a", "--prompt=x", "--depth.noise=0.5"],
+            "--depth.noise=0.5 is read by --depth.sampler=parallel alone, and it is sequential; "
+            "give that or leave --depth.noise out",
+        ),
+        (
+            ["--workdir=a", "--prompt=x", "--depth.inner_steps=4"],
+            "--depth.inner_steps=4 is read by --depth.sampler=parallel alone",
+        ),
+        (
+            ["--workdir=a", "--prompt=x", "--depth.sampler=parallel", "--depth.draft_steps=2"],
+            "is read by --depth.sampler=speculative alone, and it is parallel",
+        ),
+        (
+            ["--workdir=a", "--prompt=x", "--depth.tolerance=0.1"],
+            "is read by --depth.exit=kl, latent, entropy or argmax alone, and it is none",
+        ),
+        (["--workdir=a", "--mode=evaluate", "--depth.min_steps=2"], "and it is none; give that"),
+        (["--workdir=a", "--mode=think", "--depth.tolerance=1"], "and it is none; give that"),
+        (
+            ["--workdir=a", "--mode=export", "--output=b", "--depth.num_steps=2"],
+            "--depth.num_steps is for --mode=generate, evaluate or think; --mode=export writes the",
+        ),
         (["--workdir=a", "--promt=x"], "unknown flag --promt; did you mean --prompt"),
         (["--workdir=a", "--prompt=x", "--mesh.data=0"], "mesh.data=0"),
         (["--workdir=a", "--data.tokenizer=b"], "unknown flag --data.tokenizer"),
@@ -91,6 +118,27 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str):
         parsed(*arguments)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(DepthConfig), ids=lambda field: field.name)
+def test_a_depth_flag_is_taken_where_something_reads_it(field: dataclasses.Field):
+    """Each alone, or with the one choice that its refusal names."""
+    value = {"exit": "kl", "sampler": "parallel", "num_steps": 8, "max_wave": 9}.get(field.name)
+    value = field.default if value is None else value
+    asked = ["--workdir=a", "--prompt=x", f"--depth.{field.name}={flags.format_value(value)}"]
+    try:
+        assert parsed(*asked).depth == {field.name: value}
+        return
+    except ValueError as error:
+        choice = re.search(r"read by (--depth\.\w+=\w+)", str(error))
+    assert choice is not None
+    assert parsed(*asked, choice[1]).depth[field.name] == value
+
+
+def test_thinking_tries_every_exit():
+    asked = {"min_steps": 2, "check_every": 2}
+    given = [f"--depth.{name}={value}" for name, value in asked.items()]
+    assert parsed("--workdir=a", "--mode=think", *given).depth == asked
 
 
 def test_every_own_flag_has_its_help():

@@ -14,9 +14,13 @@ import pytest
 import tokenizers
 from jax.sharding import Mesh
 
+from jaxlib_methods.infer import config
+from jaxlib_methods.infer.__main__ import main
+from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.generate import generate
 from jaxlib_methods.infer.restore import Restored, restore
 from jaxlib_methods.models import huggingface, partitioning
+from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.train import checkpoint
 from jaxlib_methods.train.checkpoint import Checkpoints, Record
@@ -24,6 +28,7 @@ from jaxlib_methods.train.config import DataConfig, RunConfig
 from jaxlib_methods.train.state import TrainState
 
 GREEDY = SamplingConfig(temperature=0.0)
+TOO_LATE = {"exit": "kl", "min_steps": 9}
 
 
 def one_device() -> Mesh:
@@ -124,6 +129,48 @@ def test_a_hugging_face_folder(
     assert dataclasses.replace(got.model, compute_dtype="float32") == restored.model
     assert_same(got.params, restored.params)
     assert got.tokenizer.decode(got.tokenizer.encode("naïve")) == "naïve"
+
+
+@pytest.mark.parametrize(
+    ("mode", "flags", "message"),
+    [
+        ("denoise", {}, "--mode=denoise is for a run on images; WORKDIR is a language model that"),
+        ("generate", {"think": {"noise": 0.0}}, "--think.noise is for an energy run"),
+        ("generate", {"depth": TOO_LATE}, "depth.min_steps=9 is more than the 4 iterations"),
+        ("evaluate", {"depth": TOO_LATE}, "depth.min_steps=9 is more than the 4 iterations"),
+        ("generate", {"depth": {"sampler": "parallel"}}, "reads drafts again, which a model of i"),
+        ("evaluate", {"depth": {"state_scale": 0.5}}, "state_scale=0.5 has no meaning for a model"),
+        ("think", {"depth": TOO_LATE}, None),
+        ("export", {}, None),
+        ("generate", {"depth": {"sampler": "continuous"}}, None),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_its_weights_are_read(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    mode: Any,
+    flags: dict[str, Any],
+    message: str | None,
+):
+    """The folder holds the record of a run alone, and no mesh can be made."""
+    cfg = TransformerConfig(
+        num_layers=3, embed_dim=16, num_heads=2, recurrence=4, injection="none", block="sandwich"
+    )
+    checkpoint.write_config(tmp_path, Record(RunConfig(model=cfg), "bytes", "corpus"))
+    checkpoint.checkpoints_folder(tmp_path).mkdir()
+    given = {"prompt": ("x",)} if mode == "generate" else {}
+    asked = InferConfig(workdir=str(tmp_path), mode=mode, output="out", **given, **flags)
+
+    def make_mesh(**_: int) -> None:
+        raise OSError("a device is touched")
+
+    monkeypatch.setattr(config, "from_flags", lambda: asked)
+    monkeypatch.setattr(partitioning, "make_mesh", make_mesh)
+    with pytest.raises(SystemExit):
+        main([])
+    expected = (message or "a device is touched").replace("WORKDIR", str(tmp_path))
+    assert expected in capsys.readouterr().err
 
 
 def infer(*arguments: str) -> subprocess.CompletedProcess[str]:
