@@ -54,6 +54,13 @@ WORDS: dict[str, dict[str, Any]] = {
     for task in ("logic", "kinship")
     for recurrence in ("gated", "tied", "untied")
 }
+# D6: what a rate ten times the paper's does to 24 steps without clipping.
+STRESS: dict[str, dict[str, Any]] = {
+    "stress_gated": {},
+    "stress_tied": {"recurrence": "tied"},
+    "stress_post_norm": {"recurrence": "tied", "norm_placement": "post"},
+}
+DIVERGED = 1.0  # nats, of a question that a coin answers with 0.69
 
 
 def _small(fields: dict[str, Any]) -> Any:
@@ -83,6 +90,17 @@ def _words(fields: dict[str, Any]) -> Any:
     )
 
 
+def _stress(fields: dict[str, Any]) -> Any:
+    steps = {"min_steps": 24, "max_steps": 24}
+    config = _with("depth_recurrence_reachability_tiny", steps | fields)
+    optimizer = {"learning_rate": 3e-3, "clip_norm": 0.0}
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, num_steps=600),
+        optimizer=dataclasses.replace(config.optimizer, **optimizer),
+    )
+
+
 def _with(preset: str, fields: dict[str, Any]) -> Any:
     from jaxlib_methods.train import presets
 
@@ -90,14 +108,22 @@ def _with(preset: str, fields: dict[str, Any]) -> Any:
     own = {field.name for field in dataclasses.fields(config.method_config)}
     method = {name: value for name, value in fields.items() if name in own}
     model = {name: value for name, value in fields.items() if name not in own}
+    method_config = dataclasses.replace(config.method_config, **method)
+    if method_config.recurrence == "untied":  # which reads less than the preset gives
+        method_config = method_config.untied()
     return dataclasses.replace(
         config,
-        method_config=dataclasses.replace(config.method_config, **method),
+        method_config=method_config,
         model=dataclasses.replace(config.model, **model),
     )
 
 
-TABLES = {"small": (SMALL, _small), "paper": (PAPER, _paper), "words": (WORDS, _words)}
+TABLES = {
+    "small": (SMALL, _small),
+    "paper": (PAPER, _paper),
+    "words": (WORDS, _words),
+    "stress": (STRESS, _stress),
+}
 
 
 def configs(table: str, root: pathlib.Path) -> list[Any]:
@@ -113,7 +139,9 @@ def configs(table: str, root: pathlib.Path) -> list[Any]:
                     workdir=str(root / name / f"seed{seed}"),
                     seed=seed,
                     train=dataclasses.replace(
-                        config.train, eval_every=config.train.num_steps // 4, log_every=50
+                        config.train,
+                        eval_every=config.train.num_steps // 4,
+                        log_every=1 if table == "stress" else 50,
                     ),
                     checkpoint=dataclasses.replace(config.checkpoint, every=0),
                 )
@@ -143,8 +171,37 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
+def first_above(folder: pathlib.Path, loss: float, num_steps: int) -> str:
+    """The step of a run's first training loss above `loss`, or that there is none."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    above = [step for step, value in losses.items() if value > loss]
+    if above:
+        return str(above[0])
+    last = max(losses, default=0)
+    return "never" if last == num_steps else f"not finite at {last + 1}"
+
+
+def show_stress(root: pathlib.Path) -> None:
+    """Steps of each arm to the first loss that says that it has diverged."""
+    print(f"\n### stress: steps to the first training loss above {DIVERGED}\n")
+    print(f"| arm | {' | '.join(f'seed {seed}' for seed in SEEDS)} |")
+    print("|" + "---|" * (len(SEEDS) + 1))
+    for name, fields in STRESS.items():
+        folders = [root / name / f"seed{seed}" for seed in SEEDS]
+        steps = _stress(fields).train.num_steps
+        cells = [
+            first_above(folder, DIVERGED, steps) if (folder / "metrics.jsonl").exists() else "-"
+            for folder in folders
+        ]
+        print(f"| {name} | {' | '.join(cells)} |")
+
+
 def show(table: str, root: pathlib.Path) -> None:
     """Accuracy of each arm by difficulty at chosen numbers of steps."""
+    if table == "stress":
+        show_stress(root)
+        return
     for name in TABLES[table][0]:
         done = [root / name / f"seed{seed}" for seed in SEEDS]
         grids = [grid(folder) for folder in done if (folder / "metrics.jsonl").exists()]
@@ -166,7 +223,8 @@ def main(argv: list[str]) -> None:
     root = pathlib.Path(_WORKDIR.value).absolute()
     root.mkdir(parents=True, exist_ok=True)
     for table in _ONLY.value or TABLES:
-        pool.train_all(configs(table, root), root, workers=_WORKERS.value)
+        stress = table == "stress"
+        pool.train_all(configs(table, root), root, workers=_WORKERS.value, may_diverge=stress)
     for table in _ONLY.value or TABLES:
         show(table, root)
 

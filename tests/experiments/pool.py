@@ -9,21 +9,31 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def _worker(core: int, jobs: Any, cache: str) -> None:
+def _worker(core: int, jobs: Any, cache: str, may_diverge: bool) -> None:
     os.sched_setaffinity(0, {core})  # before XLA starts its threads
     import jax
 
-    from jaxlib_methods.train import loop
+    from jaxlib_methods.train import loop, metrics
     from jaxlib_methods.train.prepare import prepare
 
     jax.config.update("jax_compilation_cache_dir", cache)
     while (config := jobs.get()) is not None:
-        loop.train(prepare(config), stop=threading.Event(), started=time.perf_counter())
+        try:
+            loop.train(prepare(config), stop=threading.Event(), started=time.perf_counter())
+        except metrics.NonFiniteError as error:
+            if not may_diverge:
+                raise
+            print(f"{config.workdir}: {error}", flush=True)
         print(f"finished {config.workdir}", flush=True)
 
 
-def train_all(configs: Sequence[Any], root: pathlib.Path, *, workers: int) -> None:
-    """Trains the `RunConfig`s that are not finished yet. Raises SystemExit where one fails."""
+def train_all(
+    configs: Sequence[Any], root: pathlib.Path, *, workers: int, may_diverge: bool = False
+) -> None:
+    """Trains the `RunConfig`s that are not finished yet. Raises SystemExit where one fails.
+
+    may_diverge: whether a loss that is not finite is a result, not a failure.
+    """
     context = multiprocessing.get_context("spawn")
     queue: Any = context.Queue()
     cores = sorted(os.sched_getaffinity(0))[:workers]
@@ -31,7 +41,9 @@ def train_all(configs: Sequence[Any], root: pathlib.Path, *, workers: int) -> No
     for config in [*unique, *[None] * len(cores)]:
         queue.put(config)
     cache = str(root / "compilation_cache")
-    processes = [context.Process(target=_worker, args=(core, queue, cache)) for core in cores]
+    processes = [
+        context.Process(target=_worker, args=(core, queue, cache, may_diverge)) for core in cores
+    ]
     for process in processes:
         process.start()
     for process in processes:
