@@ -141,6 +141,25 @@ class LoadPretrained(Protocol):
     ) -> Pretrained: ...
 
 
+class Tokens(Protocol):
+    """What a method may know of a run's tokenizer.
+
+    separator: the id in front of every document. special: ids by name, of those of `<budget>`,
+    `<think>`, `</think>` and `<end>` that it has.
+    """
+
+    separator: int
+    special: Mapping[str, int]
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of a text, int32 `[n]`."""
+        ...
+
+    def spelling(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of every id, uint8 `[V, W]`, and how many they are, int32 `[V]`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
     """What a method may know about the run it is built for."""
@@ -152,6 +171,8 @@ class Context:
     tokenizer: str  # fingerprint of the run's tokenizer
     load_pretrained: LoadPretrained
     num_microbatches: int = 1  # of an optimiser step
+    tokens: Tokens | None = None  # the run's tokenizer
+    init_from: str | None = None  # the finished model that the run begins with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

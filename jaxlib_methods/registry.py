@@ -13,11 +13,13 @@ from jaxlib_methods import (
     energy_image,
     late_to_early,
     next_token,
+    reinforcement_midtraining,
 )
 from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.method import Context, Method
 from jaxlib_methods.models import language_model
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 
 
 class Baseline(NamedTuple):
@@ -57,6 +59,11 @@ def _without_recurrence(model: TransformerConfig, config: Any) -> Baseline:
     return Baseline("depth_recurrence", model, config.untied())
 
 
+def _without_reasoning(model: TransformerConfig, config: Any) -> Baseline:
+    """Next tokens alone, on the same data for as many steps."""
+    return Baseline("reinforcement_midtraining", model, dataclasses.replace(config, rl_weight=0.0))
+
+
 METHODS: dict[str, Entry] = {
     "next_token": Entry(next_token.NextTokenConfig, next_token.make),
     "late_to_early": Entry(late_to_early.LateToEarlyConfig, late_to_early.make),
@@ -66,6 +73,12 @@ METHODS: dict[str, Entry] = {
         baseline=_without_recurrence,
         init_model=depth_recurrence.init_params,
         reads_text=lambda config: config.task == "language",
+    ),
+    "reinforcement_midtraining": Entry(
+        ReinforcementMidtrainingConfig,
+        reinforcement_midtraining.make,
+        baseline=_without_reasoning,
+        reads_text=lambda config: config.task == "text",
     ),
     "energy": Entry(energy.EnergyConfig, energy.make, init_model=energy.init_params),
     "energy_image": Entry(

@@ -20,7 +20,7 @@ from jaxlib_methods.train import step as train_step
 from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.optimizer import make_optimizer, make_schedule
-from jaxlib_methods.train.prepare import Prepared, mesh_of, plan, prepare
+from jaxlib_methods.train.prepare import Prepared, mesh_of, plan, prepare, start_of
 from jaxlib_methods.train.state import TrainState
 
 
@@ -34,7 +34,8 @@ def run(config: RunConfig) -> None:
     a method saw its training go wrong and `train.on_failure=stop`.
     """
     started = time.perf_counter()
-    prepared = {name: prepare(part) for name, part in plan(config).items()}
+    planned = plan(config)
+    prepared = {name: prepare(part, planned) for name, part in planned.items()}
     distributed.initialize()
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise ValueError(
@@ -118,7 +119,7 @@ def _first_state(
     checkpoints: Checkpoints,
 ) -> TrainState:
     """Own run > given run > given weights > new."""
-    given, weights = config.checkpoint.restore_from, config.checkpoint.init_from
+    given, weights = config.checkpoint.restore_from, start_of(config)
     key = jax.random.key(config.seed)
     if checkpoints.latest_step is not None:
         _say(f"continuing from step {checkpoints.latest_step}")

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -15,6 +16,8 @@ from jaxlib_methods.train import checkpoint, data, metrics
 from jaxlib_methods.train.checkpoint import Record
 from jaxlib_methods.train.config import DataConfig, MeshConfig, RunConfig
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
+
+START = "start"  # folder of the run that `checkpoint.init_from=preset:NAME` stands for
 
 
 def plan(config: RunConfig) -> dict[str, RunConfig]:
@@ -29,41 +32,58 @@ def plan(config: RunConfig) -> dict[str, RunConfig]:
                 f"compare=true adds the baseline {other.method}, which this run is itself; leave "
                 "it out"
             )
-    runs = {**prerequisites(config), config.method: config}
+    runs = {**_before(config), config.method: config}
     return {**runs, "baseline": baseline_of(config)} if config.compare else runs
+
+
+def _before(config: RunConfig, prefix: str = "") -> dict[str, RunConfig]:
+    """The runs that must be finished before a run, each behind its own."""
+    found: dict[str, RunConfig] = {}
+    for name, run in prerequisites(config).items():
+        found |= _before(run, f"{prefix}{name}/")
+        found[prefix + name] = run
+    return found
 
 
 def prerequisites(config: RunConfig) -> dict[str, RunConfig]:
     """Field name -> configuration of the run that a value `preset:NAME` of the method stands for.
 
-    It reads the same text in the same tokens, on the same mesh and seed.
-    Raises ValueError for an unknown preset.
+    `start` is that of `checkpoint.init_from`, which has this run's model. They read the same text
+    in the same tokens, on the same mesh and seed. Raises ValueError for an unknown preset.
     """
     from jaxlib_methods.train import presets  # presets are built from configurations
 
+    method = config.method_config
+    values = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    values[START] = config.checkpoint.init_from
     found: dict[str, RunConfig] = {}
-    for field in dataclasses.fields(config.method_config):
-        value = getattr(config.method_config, field.name)
-        if isinstance(value, str) and value.startswith("preset:"):
-            base = presets.get(value.removeprefix("preset:"))
-            if prerequisites(base):
-                raise ValueError(
-                    f"{config.method}.{field.name}={value} needs a run of its own first; train it, "
-                    f"then give its workdir as {config.method}.{field.name}"
-                )
-            length = max(base.model.max_length, config.data.sequence_length)
-            model = dataclasses.replace(
-                base.model, vocab_size=config.model.vocab_size, max_length=length
-            )
-            found[field.name] = dataclasses.replace(
-                base,
-                workdir=str(epath.Path(config.workdir) / field.name),
-                model=model,
-                data=config.data,
-                mesh=config.mesh,
-                seed=config.seed,
-            )
+    for name, value in values.items():
+        if not (isinstance(value, str) and value.startswith("preset:")):
+            continue
+        base = presets.get(value.removeprefix("preset:"))
+        length = max(base.model.max_length, config.data.sequence_length)
+        model = dataclasses.replace(
+            base.model, vocab_size=config.model.vocab_size, max_length=length
+        )
+        data = config.data
+        if name == START:
+            model = config.model
+            data = dataclasses.replace(data, batch_size=base.data.batch_size)
+        found[name] = dataclasses.replace(
+            base,
+            workdir=str(epath.Path(config.workdir) / name),
+            model=model,
+            data=data,
+            mesh=config.mesh,
+            seed=config.seed,
+        )
     return found
+
+
+def start_of(config: RunConfig) -> str | None:
+    """The finished model whose weights a run begins with: `checkpoint.init_from`, as a folder."""
+    planned = prerequisites(config).get(START)
+    return config.checkpoint.init_from if planned is None else planned.workdir
 
 
 def baseline_of(config: RunConfig) -> RunConfig:
@@ -76,7 +96,9 @@ def baseline_of(config: RunConfig) -> RunConfig:
         model=baseline.model,
         method_config=baseline.config,
         compare=False,
-        checkpoint=dataclasses.replace(config.checkpoint, restore_from=None),
+        checkpoint=dataclasses.replace(
+            config.checkpoint, restore_from=None, init_from=start_of(config)
+        ),
         workdir=str(epath.Path(config.workdir) / "baseline"),
     )
 
@@ -91,16 +113,20 @@ class Prepared(NamedTuple):
     validation: Dataset
 
 
-def prepare(config: RunConfig) -> Prepared:
+def prepare(config: RunConfig, planned: Mapping[str, RunConfig] | None = None) -> Prepared:
     """Reads and checks what a run needs; touches no device and makes no more than the workdir.
 
+    planned: the runs of a `plan`, which need not be there yet; None: the run's prerequisites.
     Raises ValueError or OSError for what would not work.
     """
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
-    method, versions = _build(config, tokenizer)
+    runs = prerequisites(config) if planned is None else planned
+    folders = {run.workdir: run for run in runs.values()}
+    method, versions = _build(config, tokenizer, folders)
     if method.dataset is None:
         _check_vocabulary(config, tokenizer)
-    _check_given_weights(config, tokenizer)
+    if start_of(config) not in folders:
+        _check_given_weights(config, tokenizer)
     if config.train.tensorboard:
         metrics.require_tensorboard()
     if method.dataset is None:
@@ -133,14 +159,15 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
+def _build(
+    config: RunConfig, tokenizer: Tokenizer, planned: Mapping[str, RunConfig]
+) -> tuple[Method, list[str]]:
     """The method, its `preset:NAME` values replaced by the runs that they stand for.
 
     Also the versions of the finished models that it asked for; a planned run has none yet.
     """
     versions: list[str] = []
-    planned = {run.workdir: run for run in prerequisites(config).values()}
-    folders = {name: run.workdir for name, run in prerequisites(config).items()}
+    folders = {name: run.workdir for name, run in prerequisites(config).items() if name != START}
 
     def load_pretrained(source: str, *, weights: bool = True, dtype: str | None = None) -> Any:
         if not weights and source in planned:
@@ -159,6 +186,8 @@ def _build(config: RunConfig, tokenizer: Tokenizer) -> tuple[Method, list[str]]:
         tokenizer=tokenizer.fingerprint,
         load_pretrained=load_pretrained,
         num_microbatches=config.train.num_microbatches,
+        tokens=tokenizer,
+        init_from=start_of(config),
     )
     method_config = dataclasses.replace(config.method_config, **folders)
     return registry.build(config.method, method_config, context), versions

@@ -7,11 +7,17 @@ left empty and must be given; `--list_presets` shows the whole command.
 
 import dataclasses
 
-from jaxlib_methods.train import presets_depth_recurrence, presets_energy, presets_late_to_early
+from jaxlib_methods.train import (
+    presets_depth_recurrence,
+    presets_energy,
+    presets_late_to_early,
+    presets_reinforcement,
+)
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.preset import Preset
 
-_TABLE = presets_late_to_early.PRESETS | presets_energy.PRESETS | presets_depth_recurrence.PRESETS
+_TABLE = presets_late_to_early.PRESETS | presets_energy.PRESETS
+_TABLE |= presets_depth_recurrence.PRESETS | presets_reinforcement.PRESETS
 PRESETS: dict[str, Preset] = {
     name: dataclasses.replace(preset, config=dataclasses.replace(preset.config, preset=name))
     for name, preset in _TABLE.items()

@@ -91,8 +91,8 @@ def make_train_step(
     """`step(state, extra, batch, key) -> (state, metrics)`, jitted; the state is donated.
 
     The loss gets the run's key folded with the step, so that a restart draws what an unbroken run
-    would have drawn; `collect` gets another one. Adds the metrics `gradient_norm` (before clipping), `parameter_norm` (after
-    the step) and `learning_rate`.
+    would have drawn; `collect` gets another one. Adds the metrics `gradient_norm` (before
+    clipping), `parameter_norm` (after the step) and `learning_rate`.
     """
 
     def train_step(

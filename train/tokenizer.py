@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,17 +21,23 @@ END_OF_TEXT = (
 )
 
 
+# What thinking before an answer needs. Of bytes they are control characters that no text holds.
+THOUGHT_TOKENS = ("<budget>", "<think>", "</think>", "<end>")
+
+
 class Tokenizer(Protocol):
     """Text to ids and back.
 
     vocab_size: ids are below it.
     separator: the id in front of every document; as a target it is a document's end.
     fingerprint: equal for two tokenizers only if they give the same ids.
+    special: ids of the tokens of `THOUGHT_TOKENS` that it has.
     """
 
     vocab_size: int
     separator: int
     fingerprint: str
+    special: Mapping[str, int]
 
     def encode(self, text: str) -> np.ndarray:
         """The ids of a text, int32 `[n]`, without separator."""
@@ -44,6 +51,10 @@ class Tokenizer(Protocol):
         """The text of ids; separators are left out."""
         ...
 
+    def spelling(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of every id, uint8 `[V, W]`, and how many they are, int32 `[V]`."""
+        ...
+
 
 class ByteTokenizer:
     """UTF-8 bytes. The separator is NUL, which no text holds."""
@@ -51,6 +62,7 @@ class ByteTokenizer:
     vocab_size = 256
     separator = 0
     fingerprint = "bytes"
+    special: Mapping[str, int] = dict(zip(THOUGHT_TOKENS, range(1, 5), strict=True))
 
     def encode(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of `text`, int32 `[n]`."""
@@ -79,6 +91,10 @@ class ByteTokenizer:
             .decode(errors="replace")
         )
 
+    def spelling(self) -> tuple[np.ndarray, np.ndarray]:
+        """Every id is its own byte."""
+        return np.arange(256, dtype=np.uint8)[:, None], np.ones(256, np.int32)
+
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json`. Names of special tokens inside a text are encoded as ordinary text."""
@@ -101,8 +117,11 @@ class HuggingFaceTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
-        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
-        self.vocab_size = max(ids) + 1
+        ids = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(ids.values()) + 1
+        self.special: Mapping[str, int] = {
+            name: ids[name] for name in THOUGHT_TOKENS if name in ids
+        }
         self.separator = _separator(parsed, path) if separator_id is None else separator_id
         if not 0 <= self.separator < self.vocab_size:
             raise ValueError(
@@ -125,6 +144,48 @@ class HuggingFaceTokenizer:
         """The text of ids, without separators and other special tokens."""
         kept = [int(token) for token in ids if int(token) != self.separator]
         return self._tokenizer.decode(kept, skip_special_tokens=True)
+
+    def spelling(self) -> tuple[np.ndarray, np.ndarray]:
+        """The bytes of every id: of its characters where it is byte-level, else of its text.
+
+        Special tokens have none, other added tokens are their text.
+        """
+        added = self._tokenizer.get_added_tokens_decoder()
+        spelled = {
+            id_: _spell(name)
+            for name, id_ in self._tokenizer.get_vocab(with_added_tokens=False).items()
+        }
+        spelled |= {
+            id_: b"" if token.special else token.content.encode() for id_, token in added.items()
+        }
+        lengths = np.zeros(self.vocab_size, np.int32)
+        table = np.zeros((self.vocab_size, max(map(len, spelled.values()))), np.uint8)
+        for id_, text in spelled.items():
+            lengths[id_] = len(text)
+            table[id_, : len(text)] = np.frombuffer(text, np.uint8)
+        return table, lengths
+
+
+def _byte_characters() -> dict[str, int]:
+    """The character that stands for each byte in a byte-level vocabulary."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + i): byte for i, byte in enumerate(hidden)
+    }
+
+
+_BYTE_OF = _byte_characters()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+def _spell(name: str) -> bytes:
+    """The bytes of a token: byte-level, or of sentences' pieces, where U+2581 is a space."""
+    if found := _BYTE_TOKEN.fullmatch(name):
+        return bytes([int(found[1], 16)])
+    if "\u2581" not in name and all(character in _BYTE_OF for character in name):
+        return bytes(_BYTE_OF[character] for character in name)
+    return name.replace("\u2581", " ").encode()
 
 
 def _separator(definition: dict[str, Any], path: str) -> int:

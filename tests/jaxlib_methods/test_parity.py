@@ -1,28 +1,14 @@
-"""Parity of bits: values, splits, rows and what a warm-up row teaches."""
+"""Parity of bits: values, splits and rows."""
 
 import itertools
-from typing import Any
 
 import numpy as np
 import pytest
 
 from jaxlib_methods import curriculum
-from jaxlib_methods.method import Batch, TieredBatch
+from jaxlib_methods.method import TieredBatch
 from jaxlib_methods.tasks import parity
-from jaxlib_methods.tasks.questions import SPLITS, Split, split_of
-
-THINK, CLOSE, FILLER = 256, 257, 258
-
-
-def warm_up(split: Split = "train", bits: int = 8, **fields: Any) -> parity.WarmUpDataset:
-    tags: Any = {"think": THINK, "close": CLOSE, "filler": FILLER, "max_thought": 16}
-    return parity.WarmUpDataset(split, bits, **(tags | fields))
-
-
-def text_of(batch, row):
-    """All tokens of a row: its inputs and the last target."""
-    size = int(batch.segments[row].sum())
-    return [*batch.inputs[row, :size].tolist(), int(batch.targets[row, size - 1])]
+from jaxlib_methods.tasks.questions import SPLITS, split_of
 
 
 @pytest.mark.parametrize(
@@ -104,15 +90,8 @@ def test_rows_by_hand():
     assert data.rows(np.array([5])).inputs.tolist() == batch.inputs[:1].tolist()
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda **f: parity.ParityDataset("validation", 8, **f),
-        lambda **f: warm_up("validation", **f),
-    ],
-)
-def test_behind_the_end_of_validation_rows_are_padding(make):
-    data = make(num_examples=3)
+def test_behind_the_end_of_validation_rows_are_padding():
+    data = parity.ParityDataset("validation", 8, num_examples=3)
     assert data.num_examples == 3
     batch = data.rows([2, 3, 4])
     assert batch.where.any(axis=1).tolist() == [True, False, False]
@@ -127,61 +106,12 @@ def test_training_is_endless_and_fingerprints_tell_data_apart():
         parity.ParityDataset("train", 8, seed=1),
         parity.ParityDataset("validation", 8),
         parity.ParityDataset("validation", 8, num_examples=7),
-        warm_up(),
-        warm_up(max_thought=17),
-        warm_up(seed=1),
     ]
     assert len({data.fingerprint for data in datasets}) == len(datasets)
     assert parity.ParityDataset("train", 8).fingerprint == datasets[0].fingerprint
     assert datasets[0].num_examples == 2**31
     assert datasets[0].rows([2**31 + 5]).where.all()
     assert all(data.bytes_per_token is None for data in datasets)
-
-
-def test_warm_up_rows_are_right_and_half_of_them_think():
-    data, count = warm_up(), 400
-    assert data.sequence_length == 8 + 1 + 1 + 16 + 2 - 1
-    batch = data.rows(range(count))
-    assert isinstance(batch, Batch)
-    trailing, empty = [], []
-    for row in range(count):
-        text = text_of(batch, row)
-        bits = bytes(text[:8]).decode()
-        assert bits == parity.question(row, split="train")
-        assert text[8:10] == [ord("="), THINK]
-        assert text[-2:] == [CLOSE, ord(str(parity.answer(bits)))]
-        thought = text[10:-2]
-        useful = bytes(token for token in thought if token != FILLER).decode()
-        assert useful == (parity.thought(bits) if row % 2 == 0 else "")
-        assert thought == [*useful.encode(), *[FILLER] * (len(thought) - len(useful))]
-        (empty if row % 2 else trailing).append(len(thought) - len(useful))
-    assert set(trailing) == set(range(9))
-    assert set(empty) == set(range(17))
-
-
-def test_warm_up_counts_the_response_and_nothing_else():
-    batch = warm_up().rows(range(50))
-    for row in range(50):
-        text = text_of(batch, row)
-        response = text[10:]
-        assert batch.targets[row][batch.where[row]].tolist() == response
-        counted = [9 <= t < len(text) - 1 for t in range(27)]
-        assert batch.where[row].tolist() == counted
-        assert batch.positions[row, : len(text) - 1].tolist() == list(range(len(text) - 1))
-        for field in (batch.inputs, batch.targets, batch.positions, batch.segments):
-            assert field.dtype == np.int32
-            assert not field[row, len(text) - 1 :].any()
-    assert batch.where.dtype == np.bool_
-
-
-def test_short_thoughts_hold_as_many_fillers_as_fit():
-    data = warm_up(bits=8, max_thought=10)
-    batch = data.rows(range(200))
-    sizes = [len(text_of(batch, row)) for row in range(0, 200, 2)]
-    assert set(sizes) == {20, 21, 22}
-    assert data.sequence_length == 21
-    with pytest.raises(ValueError, match="max_thought 7 does not hold the 8 parities"):
-        warm_up(bits=8, max_thought=7)
 
 
 def test_impossible_data_is_refused_at_once():

@@ -1,6 +1,7 @@
 """Whole tiny runs in this process: resuming, precedence, stopping, phases, what is left behind."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -309,6 +310,32 @@ def test_teacher_first_then_student_then_baseline(tiny, tmp_path, monkeypatch, c
     assert "first step done" not in capfd.readouterr().err
     assert {path: path.read_bytes() for path in files} == files
     assert len(files) == 3
+
+
+def test_a_run_begins_with_a_preset_that_is_trained_first(tiny, tmp_path, monkeypatch):
+    first = presets.PRESETS["transformer_tiny"]
+    for name, steps, start_ in (("first", 3, None), ("second", 2, "preset:first")):
+        base = tiny(tmp_path / "x", num_steps=steps, batch_size=8, init_from=start_, num_layers=1)
+        monkeypatch.setitem(presets.PRESETS, name, dataclasses.replace(first, config=base))
+    config = tiny(
+        tmp_path / "run", num_steps=1, init_from="preset:second", compare=True, learning_rate=1e-7,
+        method="late_to_early", method_config=LateToEarlyConfig(weight=0.0),
+    )  # fmt: skip
+    planned = prepare.plan(config)
+    assert list(planned) == ["start/start", "start", config.method, "baseline"]
+    assert [run.model for run in planned.values()] == [config.model] * 4
+    assert planned["start"].data == dataclasses.replace(config.data, batch_size=8)
+    loop.run(config)
+    found = {
+        name: checkpoint.load_pretrained(str(tmp_path / "run" / name), mesh=MESH).params
+        for name in ("start/start", "start", ".", "baseline")
+    }
+    close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+    jax.tree.map(close, found["start"], found["."])  # at such a rate nothing moves
+    jax.tree.map(close, found["start"], found["baseline"])
+    with pytest.raises(AssertionError):
+        jax.tree.map(close, found["start/start"], found["start"])
+    assert not (tmp_path / "run" / "baseline" / "start").exists()
 
 
 def test_what_cannot_be_is_known_before_the_teacher_is_trained(tiny, tmp_path):

@@ -57,6 +57,30 @@ def test_hugging_face_tokenizer(tmp_path: Path, where: str) -> None:
     np.testing.assert_array_equal(tokenizer.encode_batch(["x", text])[1], ids)
 
 
+def test_tokens_are_spelled_in_bytes(tmp_path: Path) -> None:
+    path = write_tokenizer(tmp_path / "tokenizer.json", ["</s>", "<think>"])
+    definition = json.loads(path.read_text())
+    vocabulary = definition["model"]["vocab"]
+    # A merged token, one of sentence pieces, and a byte by its name.
+    for name in ("\u0120a", "\u2581é", "<0xE6>"):
+        vocabulary[name] = len(vocabulary)
+    path.write_text(json.dumps(definition))
+    tokenizer = load_tokenizer(str(path))
+    assert tokenizer.special == {"<think>": 1}
+    table, lengths = tokenizer.spelling()
+    assert (table.dtype, table.shape, lengths.shape) == (np.uint8, (261, 3), (261,))
+    spelled = [bytes(row[:size]) for row, size in zip(table, lengths, strict=True)]
+    assert spelled[:2] == [b"", b""]
+    assert spelled[258:] == [b" a", " é".encode(), b"\xe6"]
+    text = "naïve 日本\n"
+    assert b"".join(spelled[i] for i in tokenizer.encode(text)) == text.encode()
+    table, lengths = load_tokenizer("bytes").spelling()
+    assert table[:, 0].tolist() == list(range(256))
+    assert set(lengths.tolist()) == {1}
+    names = ["<budget>", "<think>", "</think>", "<end>"]
+    assert list(load_tokenizer("bytes").special) == names
+
+
 def test_special_tokens_in_a_text_are_text(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(str(write_tokenizer(tmp_path / "t.json", ["</s>"])))
     assert 0 not in tokenizer.encode("a</s>b")
