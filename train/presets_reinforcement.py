@@ -123,7 +123,7 @@ PRESETS: dict[str, Preset] = {
     "reinforcement_midtraining_parity_warm_up": Preset(
         config=_run(
             _PARITY | {"policy": "taught"},
-            num_steps=1200, learning_rate=1e-3, batch_size=64, start=None,
+            num_steps=1000, learning_rate=1e-3, batch_size=64, start=None,
         ),
         hardware="2 CPU cores",
         time="5 min",

@@ -18,6 +18,7 @@ from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import forward, init_params
 from jaxlib_methods.reinforcement_collect import Collected
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
+from jaxlib_methods.thought_prompts import Asked
 from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train.step import make_train_step, split_microbatches
 from jaxlib_methods.train.tokenizer import ByteTokenizer
@@ -159,6 +160,24 @@ def test_the_hard_positions_are_those_of_the_largest_entropy():
     by_nats = dataclasses.replace(hard, thresholds=tuple(float(cut) for cut in cuts))
     again = rmt.tiers_of(rmt.make_setting(by_nats, context()), {"initial": PARAMS}, batch)
     np.testing.assert_array_equal(tiers, again)
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected"),
+    [("match", [1, 1, 0, 0]), ("exact", [1, 0, 0, 0]), ("prefix_match", [1, 1, 0, 0])],
+)
+def test_which_answers_are_right(reward: Any, expected: list[int]):
+    """The text goes on with "ab"; answers are "ab", "a", "ba" and none."""
+    cfg = dataclasses.replace(TEXT, reward=reward, max_answer=2)
+    setting = rmt.make_setting(cfg, context())
+    answers = jnp.array([[[97, 98], [97, 0], [98, 97], [0, 0]]])
+    lengths = jnp.array([[2, 1, 2, 0]])
+    unused = jnp.zeros((1, 4, 1))
+    responses = rmt.rollouts.Rollouts(
+        *[unused] * 6, answers=answers, answer_lengths=lengths
+    )  # fmt: skip
+    asked = Asked(unused, unused, jnp.array([[97, 98]]), jnp.array([2]))
+    assert rmt.matches(setting, asked, responses)[0].tolist() == expected
 
 
 def test_training_sees_the_log_probabilities_of_the_rollout():
