@@ -109,7 +109,7 @@ PRESETS: dict[str, Preset] = {
         ),
         hardware="2 CPU cores",
         time="1 min behind its warm-up",
-        result="parity of 8 bits: accuracy 0.76 to 0.98, thoughts follow the budget from 14 to 8 tokens",
+        result="parity of 8 bits: accuracy 0.76 to 0.98, thoughts follow the budget, 14 to 9",
     ),
     "reinforcement_midtraining_parity_rlp": Preset(
         config=_policy(
