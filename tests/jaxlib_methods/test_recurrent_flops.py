@@ -133,7 +133,7 @@ def test_a_recurrent_model_is_charged_its_expected_iterations():
     assert make_method().flops_per_token == want
 
 
-def test_evaluation_takes_the_usual_number_of_iterations():
+def test_evaluation_takes_the_usual_number_of_iterations_and_one():
     method = make_method()
     params = partitioning.unbox(jax.eval_shape(method.init_params, jax.random.key(0)))
     tokens = jnp.ones((BATCH_SIZE, LENGTH), jnp.int32)
@@ -141,4 +141,5 @@ def test_evaluation_takes_the_usual_number_of_iterations():
     assert method.evaluate is not None
     evaluate = functools.partial(method.evaluate, step=jnp.int32(0), key=jax.random.key(0))
     count = flops.count_dot_flops(evaluate, params, (), batch)
-    assert count == TOKENS * flops.forward_flops(TINY, LENGTH)
+    once = flops.recurrent_forward_flops(TINY, LENGTH, num_steps=1)  # for what depth gains
+    assert count == TOKENS * (flops.forward_flops(TINY, LENGTH) + once)
