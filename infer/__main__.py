@@ -3,6 +3,7 @@
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --prompt="def "
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --mode=evaluate
     python -m jaxlib_methods.infer --workdir=runs/late_to_early_tiny --mode=export --output=OUT
+    python -m jaxlib_methods.infer --workdir=runs/transformer_tiny --mode=entropy --output=FILE
     python -m jaxlib_methods.infer --workdir=runs/energy_image_tiny --mode=denoise --output=a.json
     python -m jaxlib_methods.infer --workdir=runs/energy_tiny --mode=think --output=think.json
     python -m jaxlib_methods.infer --workdir=runs/depth_recurrence_tiny --mode=think
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> None:
         asked = config.from_flags()
         from jaxlib_methods.infer import (
             denoise,
+            entropy,
             evaluate,
             export,
             generate,
@@ -54,6 +56,7 @@ def main(argv: list[str]) -> None:
             "think": think,
             "score": score,
             "denoise": denoise,
+            "entropy": entropy,
         }
         modes[asked.mode].run(asked, restored)
 

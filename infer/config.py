@@ -44,7 +44,8 @@ class InferConfig:
     mode: generate text, evaluate the validation loss, or export a Hugging Face folder; of a model
         that is recurrent in depth, an energy run and one on reasoning questions also think
         (quality against compute on validation data); of an energy run score (the energy of
-        prompts); of an image run denoise (error against forward passes).
+        prompts); of an image run denoise (error against forward passes); of a plain model entropy
+        (that of its prediction for every token of a corpus, kept for reinforcement mid-training).
     step: which checkpoint of the run; none is the newest.
     prompt: text to continue, or to score; may be given several times.
     prompt_file: a .jsonl file with a prompt in each line (a string, or an object with "prompt"),
@@ -60,17 +61,21 @@ class InferConfig:
     seed: of the draws.
     stream: show text while it is drawn; none does so for one continuation on a terminal.
     output: what to write: JSONL of continuations or scores, JSON of the evaluation or of thinking
-        and denoising (with a drawing of the same name beside it), the exported folder.
+        and denoising (with a drawing of the same name beside it), the exported folder, the
+        entropies as ArrayRecord.
     eval_batches: batches of the validation set, evenly spread; none takes all of it, for thinking
         about text 8.
+    entropy_top_k: entropies are of the k likeliest tokens, renormalised; none is of all.
     mesh: sizes of the mesh axes.
-    data: fields of `DataConfig` that replace the run's own, for an evaluation on other text.
+    data: fields of `DataConfig` that replace the run's own, for other text.
     think: fields of `ThinkConfig`, for an energy run.
     depth: fields of `DepthConfig`, for a language model that is recurrent in depth.
     """
 
     workdir: str = ""
-    mode: Literal["generate", "evaluate", "export", "think", "score", "denoise"] = "generate"
+    mode: Literal["generate", "evaluate", "export", "think", "score", "denoise", "entropy"] = (
+        "generate"
+    )
     step: int | None = None
     prompt: tuple[str, ...] = ()
     prompt_file: str | None = None
@@ -85,6 +90,7 @@ class InferConfig:
     stream: bool | None = None
     output: str | None = None
     eval_batches: int | None = None
+    entropy_top_k: int | None = None
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     think: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -93,7 +99,7 @@ class InferConfig:
     def __post_init__(self) -> None:
         if not self.workdir:
             raise ValueError("nothing to restore: give --workdir, a run or a Hugging Face folder")
-        for name in ("num_samples", "max_new_tokens", "eval_batches"):
+        for name in ("num_samples", "max_new_tokens", "eval_batches", "entropy_top_k"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1")
@@ -110,8 +116,14 @@ class InferConfig:
             raise ValueError("--prompt and --prompt_file are for --mode=generate and --mode=score")
         if self.mode == "export" and not self.output:
             raise ValueError("--mode=export needs --output, the folder to write")
-        if self.mode not in ("evaluate", "think") and (self.data or self.eval_batches):
-            raise ValueError("--data.* and --eval_batches are for --mode=evaluate and --mode=think")
+        if self.mode == "entropy" and not self.output:
+            raise ValueError("--mode=entropy needs --output, the file to write")
+        if self.mode != "entropy" and self.entropy_top_k is not None:
+            raise ValueError("--entropy_top_k is for --mode=entropy")
+        if self.mode not in ("evaluate", "think") and self.eval_batches:
+            raise ValueError("--eval_batches is for --mode=evaluate and --mode=think")
+        if self.mode not in ("evaluate", "think", "entropy") and self.data:
+            raise ValueError("--data.* is for --mode=evaluate, --mode=think and --mode=entropy")
         _ = self.sampling  # validates itself
         _ = ThinkConfig(**self.think)
         self._check_depth()

@@ -20,7 +20,7 @@ class _About(NamedTuple):
 
 
 KINDS: dict[Kind, _About] = {
-    "plain": _About("a plain language model", ("generate", "evaluate", "export")),
+    "plain": _About("a plain language model", ("generate", "evaluate", "export", "entropy")),
     "recurrent": _About(
         "a language model that is recurrent in depth", ("generate", "evaluate", "export", "think")
     ),

@@ -160,6 +160,18 @@ class Tokens(Protocol):
         ...
 
 
+class OpenTiers(Protocol):
+    """Opens the run's text with the tiers of its targets: split -> rows that are `TieredBatch`es.
+
+    path: an entropy file of this text. cut: the known entropies of a sample -> the three
+    thresholds. Raises ValueError where the file belongs to another text.
+    """
+
+    def __call__(
+        self, path: str, cut: Callable[[np.ndarray], Sequence[float]]
+    ) -> Callable[[Literal["train", "validation"]], Dataset]: ...
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Context:
     """What a method may know about the run it is built for."""
@@ -173,6 +185,7 @@ class Context:
     num_microbatches: int = 1  # of an optimiser step
     tokens: Tokens | None = None  # the run's tokenizer
     init_from: str | None = None  # the finished model that the run begins with
+    open_tiers: OpenTiers | None = None  # the run's text with tiers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

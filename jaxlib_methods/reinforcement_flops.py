@@ -44,7 +44,7 @@ def parts(
         score += responses * (whole * blocks + (slots + 1) * head) + prompts * (prefix + head)
     if cfg.kl_weight:
         score += responses * response
-    if cfg.task == "text" and cfg.positions != "uniform":
+    if cfg.task == "text" and cfg.positions != "uniform" and cfg.entropy is None:
         score += text
     return Parts(
         rollout=rollout,

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxlib_methods import curriculum, losses, next_token, policy_gradient, rollouts
 from jaxlib_methods.method import Context, LossFn, Method, Metrics
@@ -192,16 +193,7 @@ def make_setting(cfg: ReinforcementMidtrainingConfig, context: Context) -> Setti
 
 def make(cfg: ReinforcementMidtrainingConfig, context: Context) -> Method:
     """RMT as a `Method`; `rl_weight=0` is next-token prediction on the same data."""
-    if cfg.task == "text" and cfg.bits is not None:
-        raise ValueError(
-            f"reinforcement_midtraining.bits={cfg.bits} has no meaning with task=text; leave it "
-            "out, or give task=parity"
-        )
-    dataset = None
-    if cfg.task == "parity":
-        dataset = functools.partial(
-            parity.ParityDataset, bits=cfg.question_bits, seed=cfg.data_seed
-        )
+    dataset = _dataset(cfg, context)
     setting = make_setting(cfg, context)
     plain = next_token.make(next_token.NextTokenConfig(), context)
     method = dataclasses.replace(
@@ -228,6 +220,45 @@ def make(cfg: ReinforcementMidtrainingConfig, context: Context) -> Method:
     )
 
 
+def _dataset(cfg: ReinforcementMidtrainingConfig, context: Context) -> Any:
+    """Split -> examples, where they are not the run's plain text."""
+    for name, task in (("bits", "parity"), ("entropy", "text")):
+        value = getattr(cfg, name)
+        if value is not None and cfg.task != task:
+            raise ValueError(
+                f"reinforcement_midtraining.{name}={value} has no meaning with task={cfg.task}; "
+                f"leave it out, or give task={task}"
+            )
+    if cfg.task == "parity":
+        questions = {"bits": cfg.question_bits, "seed": cfg.data_seed}
+        return functools.partial(parity.ParityDataset, **questions)
+    if cfg.entropy is None:
+        return None
+    if cfg.positions == "uniform":
+        raise ValueError(
+            f"reinforcement_midtraining.entropy={cfg.entropy} has no meaning with "
+            "positions=uniform; leave one of them out"
+        )
+    assert context.open_tiers is not None
+    return context.open_tiers(cfg.entropy, functools.partial(_cut, cfg))
+
+
+def _cut(cfg: ReinforcementMidtrainingConfig, entropy: np.ndarray) -> tuple[float, ...]:
+    """The thresholds of the tiers, none of which may be empty where it is drawn from."""
+    cuts = cfg.thresholds or curriculum.quantile_thresholds(entropy, cfg.quantiles)
+    counts = np.bincount(curriculum.assign_tiers(entropy, cuts) + 1, minlength=4)[1:]
+    wanted = np.array(cfg.first_tiers) + np.array(cfg.last_tiers)
+    wanted = wanted if cfg.positions == "curriculum" else np.array([0, 0, 1])
+    for name, count, share in zip(curriculum.TIERS, counts, wanted, strict=True):
+        if share and not count:
+            raise ValueError(
+                f"the tier {name} is empty: no entropy of this text falls to it by the thresholds "
+                f"{tuple(round(float(cut), 3) for cut in cuts)}; lower "
+                "reinforcement_midtraining.thresholds, or leave them out for quantiles"
+            )
+    return cuts
+
+
 def _row_length(cfg: ReinforcementMidtrainingConfig, context: Context) -> int:
     return cfg.question_bits + 1 if cfg.task == "parity" else context.sequence_length
 
@@ -235,7 +266,7 @@ def _row_length(cfg: ReinforcementMidtrainingConfig, context: Context) -> int:
 def _initial_model(setting: Setting, context: Context) -> Callable[[jax.Array], Any]:
     """Loads the frozen model that the run begins with, where something is measured by it."""
     cfg = setting.cfg
-    by_entropy = cfg.task == "text" and cfg.positions != "uniform"
+    by_entropy = cfg.task == "text" and cfg.positions != "uniform" and cfg.entropy is None
     if not by_entropy and not cfg.kl_weight:
         return lambda key: ()
     source = context.init_from

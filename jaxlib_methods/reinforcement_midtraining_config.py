@@ -23,8 +23,10 @@ class ReinforcementMidtrainingConfig:
     positions: which tokens are reasoned about, in proportions that go from first_tiers to
         last_tiers (`curriculum`), among the hardest tier alone (`hard`), or anywhere (`uniform`).
     positions_per_row: tokens reasoned about in each row of a step. Not published; 1.
-    quantiles: of the entropy of a batch's tokens, where the easy, medium and hard tier begin.
-        Not published; these suit bytes.
+    entropy: file of `infer --mode=entropy`, by which tokens belong to tiers; none measures every
+        batch again by the model that the run begins with, and takes its quantiles.
+    quantiles: of the entropy of tokens, where the easy, medium and hard tier begin. Not published;
+        these suit bytes.
     thresholds: the same in nats, instead of quantiles; RPT evaluates with 0.5,1,1.5.
     first_tiers, last_tiers: proportions of easy, medium and hard tokens before curriculum_begin
         and after curriculum_end, shares of the run; a straight line between. The proportions are
@@ -69,6 +71,7 @@ class ReinforcementMidtrainingConfig:
     bits: int | None = None
     positions: Literal["curriculum", "hard", "uniform"] = "curriculum"
     positions_per_row: int = 1
+    entropy: str | None = None
     quantiles: tuple[float, ...] = (0.5, 0.7, 0.85)
     thresholds: tuple[float, ...] | None = None
     first_tiers: tuple[float, ...] = (0.6, 0.3, 0.1)

@@ -88,13 +88,17 @@ class TextDataset:
             else grain.MapDataset.range(self.num_examples)
         )
 
+    def numbers(self, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+        """Which examples, counted in the order of the text, stand at `indices`; -1 for none."""
+        limit = len(self._order)
+        return np.array([self._order[int(i)] if i < limit else -1 for i in indices], np.int64)
+
     def rows(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """The examples at `indices` as numpy arrays `[len(indices), L]`.
 
         The shuffled order is endless; behind the end of the sequential one rows are padding.
         """
-        limit = len(self._order)
-        numbers = np.array([self._order[int(i)] if i < limit else -1 for i in indices], np.int64)
+        numbers = self.numbers(indices)
         shape = (len(numbers), self.sequence_length)
         fields = {name: np.zeros(shape, np.int32) for name in Batch._fields}
         fields["where"] = np.zeros(shape, bool)
@@ -126,8 +130,13 @@ def _shuffled(ends: np.ndarray, weights: Sequence[float] | None, seed: int) -> g
     return grain.MapDataset.mix([part for part, _ in parts], [weight for _, weight in parts])
 
 
-def open_dataset(cfg: DataConfig, tokenizer: Tokenizer, *, split: corpus.Split) -> TextDataset:
-    """The training set (shuffled, endless) or the validation set (in order, each token once)."""
+def open_dataset(
+    cfg: DataConfig, tokenizer: Tokenizer, *, split: corpus.Split, in_order: bool = False
+) -> TextDataset:
+    """The training set (shuffled, endless) or the validation set (in order, each token once).
+
+    in_order: the training set like the validation set.
+    """
     source = cfg.source
     if split == "validation" and cfg.validation_source is not None:
         source = cfg.validation_source
@@ -147,7 +156,7 @@ def open_dataset(cfg: DataConfig, tokenizer: Tokenizer, *, split: corpus.Split) 
     return TextDataset(
         streams,
         sequence_length=cfg.sequence_length,
-        order="shuffled" if split == "train" else "sequential",
+        order="shuffled" if split == "train" and not in_order else "sequential",
         weights=cfg.weights if split == "train" else None,
         seed=cfg.shuffle_seed,
     )

@@ -3,18 +3,21 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from jaxlib_methods import registry
 from jaxlib_methods.method import Context, Dataset, Method, Pretrained
 from jaxlib_methods.models import partitioning
-from jaxlib_methods.train import checkpoint, data, metrics
+from jaxlib_methods.train import checkpoint, data, entropies, metrics
 from jaxlib_methods.train.checkpoint import Record
 from jaxlib_methods.train.config import DataConfig, MeshConfig, RunConfig
+from jaxlib_methods.train.corpus import Split
+from jaxlib_methods.train.data import TextDataset
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
 
 START = "start"  # folder of the run that `checkpoint.init_from=preset:NAME` stands for
@@ -142,12 +145,25 @@ def prepare(config: RunConfig, planned: Mapping[str, RunConfig] | None = None) -
 
 
 @functools.lru_cache(maxsize=1)
-def _open_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
+def _open_datasets(config: DataConfig) -> tuple[TextDataset, TextDataset]:
     tokenizer = load_tokenizer(config.tokenizer, separator_id=config.separator_id)
     return (
         data.open_dataset(config, tokenizer, split="train"),
         data.open_dataset(config, tokenizer, split="validation"),
     )
+
+
+def _open_tiers(
+    config: DataConfig, tokenizer: str, path: str, cut: Callable[[np.ndarray], Sequence[float]]
+) -> Callable[[Split], Dataset]:
+    """The run's text by split, its targets in tiers; see `Context.open_tiers`."""
+    train, validation = _open_datasets(config)
+    found = entropies.Entropies(path)
+    found.check(train, validation, tokenizer)
+    sample = found.sample()
+    thresholds = cut(sample[~np.isnan(sample)])
+    parts = {"train": train, "validation": validation}
+    return lambda split: entropies.TieredText(parts[split], found, split, thresholds)
 
 
 def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -188,6 +204,7 @@ def _build(
         num_microbatches=config.train.num_microbatches,
         tokens=tokenizer,
         init_from=start_of(config),
+        open_tiers=functools.partial(_open_tiers, config.data, tokenizer.fingerprint),
     )
     method_config = dataclasses.replace(config.method_config, **folders)
     return registry.build(config.method, method_config, context), versions

@@ -73,7 +73,11 @@ def test_depth_flags_are_fields_of_the_depth():
         (["--workdir=a", "--prompt=x", "--max_new_tokens=0"], "max_new_tokens=0 must be at least"),
         (["--workdir=a", "--prompt=x", "--stop="], "empty --stop"),
         (["--workdir=a", "--prompt=x", "--mode=evaluate"], "--prompt and --prompt_file are for"),
-        (["--workdir=a", "--prompt=x", "--data.source=b"], "--data.* and --eval_batches are for"),
+        (["--workdir=a", "--prompt=x", "--data.source=b"], "--data.* is for --mode=evaluate"),
+        (
+            ["--workdir=a", "--prompt=x", "--eval_batches=2"],
+            "--eval_batches is for --mode=evaluate",
+        ),
         (["--workdir=a", "--prompt=x", "--mode=dream"], "one of generate, evaluate"),
         (["--workdir=a", "--prompt=x", "--mode=think"], "are for --mode=generate and --mode=score"),
         (["--workdir=a", "--mode=score"], "nothing to score: give --prompt"),

@@ -416,6 +416,32 @@ def test_parity_is_a_task_of_its_own():
     assert mean(metrics["share_medium"]) == 1
 
 
+def test_tiers_from_a_file_need_no_initial_model():
+    cfg = dataclasses.replace(TEXT, entropy="file", positions="hard")
+    asked = {}
+
+    def open_tiers(path: str, cut: Any) -> Any:
+        asked.update(path=path, cuts=cut(np.arange(101.0)))
+        return lambda split: split
+
+    method = rmt.make(cfg, context(init_from=None, open_tiers=open_tiers))
+    assert method.dataset is not None
+    assert method.dataset("train") == "train"
+    assert asked == {"path": "file", "cuts": (10.0, 40.0, 70.0)}
+    assert method.init(KEY) == ()
+    plain = rmt.make(dataclasses.replace(cfg, entropy=None), context())
+    assert method.flops_per_token == plain.flops_per_token - flops.forward_flops(MODEL, L)
+    high = dataclasses.replace(cfg, thresholds=(1.0, 2.0, 200.0))
+    with pytest.raises(ValueError, match=r"the tier hard is empty: .* thresholds \(1.0, 2.0, 200"):
+        rmt.make(high, context(open_tiers=open_tiers))
+    for fields, message in (
+        ({"task": "parity"}, "entropy=file has no meaning with task=parity"),
+        ({"positions": "uniform"}, "entropy=file has no meaning with positions=uniform"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rmt.make(dataclasses.replace(cfg, **fields), context(open_tiers=open_tiers))
+
+
 def test_the_baseline_is_next_tokens_on_the_same_data():
     found = registry.baseline("reinforcement_midtraining", MODEL, TEXT)
     assert found.method == "reinforcement_midtraining"
