@@ -97,7 +97,9 @@ class Entropies:
                     f"there and {mine} here; make them again by --mode=entropy"
                 )
 
-    def rows(self, split: Literal["train", "validation"], numbers: Sequence[int]) -> np.ndarray:
+    def rows(
+        self, split: Literal["train", "validation"], numbers: Sequence[int] | np.ndarray
+    ) -> np.ndarray:
         """Entropies `[len(numbers), L]` of examples by number; NaN for a number below 0."""
         first = 1 if split == "train" else 1 + self.provenance.num_train
         found = np.full((len(numbers), self.provenance.sequence_length), np.nan, np.float32)
