@@ -139,5 +139,6 @@ class TieredText:
         """The examples at `indices`, with the tiers of their targets."""
         batch: Batch = self._text.rows(indices)
         entropy = self._entropies.rows(self._split, self._text.numbers(indices))
-        tier = curriculum.assign_tiers(entropy, self._thresholds)
-        return TieredBatch(*batch, tier=np.where(batch.where, tier, -1).astype(np.int8))
+        tier: Any = curriculum.assign_tiers(entropy, self._thresholds)
+        tier = np.where(batch.where, tier, -1).astype(np.int8)
+        return TieredBatch(*batch, tier=tier)
