@@ -36,6 +36,7 @@ from jaxlib_methods.train.config import (
 )
 from jaxlib_methods.train.optimizer import make_optimizer, make_schedule
 from jaxlib_methods.train.step import make_train_step
+from jaxlib_methods.train.tokenizer import ByteTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden" / "shardings"
 GOLDEN_MESH = AbstractMesh((2, 4, 2, 1), partitioning.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
@@ -420,6 +421,8 @@ def golden_method(config: RunConfig) -> Method:
         batch_size=config.data.batch_size // config.train.num_microbatches,
         tokenizer="bytes",
         load_pretrained=load_pretrained,
+        tokens=ByteTokenizer(),
+        init_from=config.checkpoint.init_from,
     )
     return registry.build(config.method, method_config, context)
 
