@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -383,6 +384,35 @@ def test_a_whole_step_is_compiled_once():
             budgets.append(mean(metrics["budget"]))
         assert budgets == [4, 3, 3, 2]
         assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def after_a_step(cfg: ReinforcementMidtrainingConfig, **axes: int) -> Any:
+    """Parameters and metrics of one step on a mesh of these axes."""
+    devices = jax.devices()[: math.prod(axes.values())]
+    method, mesh = rmt.make(cfg, context()), partitioning.make_mesh(**axes, devices=devices)
+    optimizer = optax.sgd(1.0)
+    with jax.set_mesh(mesh):
+        abstract = train_state.abstract_state(method, optimizer, mesh)
+        state = train_state.create_state(method, optimizer, abstract, KEY)
+        step = make_train_step(
+            method.loss, optimizer, lambda step: 0.0 * step, abstract, collect=method.collect
+        )
+        rows = jax.sharding.NamedSharding(mesh, partitioning.batch_spec())
+        batch = jax.device_put(text_batch(), rows)
+        extra = jax.device_put(method.init(KEY), jax.sharding.NamedSharding(mesh, jax.P()))
+        state, metrics = step(state, extra, batch, KEY)
+        return jax.device_get((state.params, metrics))
+
+
+def test_a_mesh_changes_nothing():
+    cfg = dataclasses.replace(TEXT, kl_weight=0.1)
+    (params, metrics), (others, same) = (
+        after_a_step(cfg, data=1),
+        after_a_step(cfg, data=2, fsdp=2, tensor=2),
+    )
+    assert differences(params, others) < 1e-5
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
 def test_flops_are_those_of_the_program():
