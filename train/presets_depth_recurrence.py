@@ -131,7 +131,7 @@ PRESETS: dict[str, Preset] = {
         ),
         hardware="2 CPU cores",
         time="80 s",
-        result="from 3 hops trained: 4 hops 0.99 and 5 hops 0.93 at 12 steps, 0.99 at 20 (infer "
+        result="from 3 hops trained: 4 hops 1.00 and 5 hops 0.90 at 12 steps, 0.99 at 20 (infer "
         "--mode=think)",
     ),
     "depth_recurrence_reachability": Preset(
