@@ -139,6 +139,9 @@ def test_a_row_without_tokens_teaches_nothing():
     assert float(metrics["reward"][1]) == 6 * G
     np.testing.assert_array_equal(found.advantages[3], np.zeros((2, G)))
     np.testing.assert_array_equal(found.share, np.full(D, (batch.where.sum() - 6) / 6))
+    found, _, _ = collected(RLP, batch=batch)  # whose thoughts all differ in worth
+    assert float(jnp.abs(found.advantages[:3]).min()) > 0
+    np.testing.assert_array_equal(found.advantages[3], np.zeros((2, G)))
 
 
 def test_the_hard_positions_are_those_of_the_largest_entropy():
