@@ -117,8 +117,8 @@ PRESETS: dict[str, Preset] = {
             num_steps=200, learning_rate=1e-4, batch_size=16,
         ),
         hardware="2 CPU cores",
-        time="",
-        result="",
+        time="1 min behind its warm-up",
+        result="parity of 8 bits: nats that a thought brings 0.24 to 0.68, of at most 0.69",
     ),
     "reinforcement_midtraining_parity_warm_up": Preset(
         config=_run(
