@@ -141,7 +141,7 @@ class LoadPretrained(Protocol):
     ) -> Pretrained: ...
 
 
-class Tokens(Protocol):
+class Tokenizer(Protocol):
     """What a method may know of a run's tokenizer.
 
     separator: the id in front of every document. special: ids by name, of those of `<budget>`,
@@ -183,7 +183,7 @@ class Context:
     tokenizer: str  # fingerprint of the run's tokenizer
     load_pretrained: LoadPretrained
     num_microbatches: int = 1  # of an optimiser step
-    tokens: Tokens | None = None  # the run's tokenizer
+    tokens: Tokenizer | None = None  # the run's tokenizer
     init_from: str | None = None  # the finished model that the run begins with
     open_tiers: OpenTiers | None = None  # the run's text with tiers
 

@@ -23,6 +23,7 @@ import numpy as np
 from jaxlib_methods import curriculum, losses, next_token, policy_gradient, rollouts
 from jaxlib_methods.method import Context, LossFn, Method, Metrics
 from jaxlib_methods.reinforcement_collect import (
+    EVENLY,
     Collected,
     Setting,
     Thoughts,
@@ -109,7 +110,7 @@ def make_evaluate(setting: Setting) -> LossFn:
         last = jnp.minimum(step, setting.num_steps - 1)
         budget = budget_at(cfg, last, setting.num_steps)
         thoughts = think(
-            setting, params, batch, tiers_of(setting, extra, batch), jnp.ones(3) / 3, budget,
+            setting, params, batch, tiers_of(setting, extra, batch), jnp.asarray(EVENLY), budget,
             num_rollouts=1, key=key,
         )  # fmt: skip
         _, scores = score(setting, params, params, thoughts, budget)
@@ -178,7 +179,7 @@ def make_setting(cfg: ReinforcementMidtrainingConfig, context: Context) -> Setti
     )
     # A single token needs no end.
     end = -1 if cfg.max_answer == 1 else special.get("<end>", tokenizer.separator)
-    tokens = Tokens(think=special.get("<think>", -1), close=special["</think>"], end=end, pad=0)
+    tokens = Tokens(close=special["</think>"], end=end, pad=0)
     spelling = tokenizer.spelling() if cfg.reward == "prefix_match" else None
     needed = prefix_length + made.length + cfg.response_slots
     if needed > model.max_length:

@@ -24,11 +24,10 @@ from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
 class Tokens(NamedTuple):
     """Ids of the tokens with a meaning, ints or int32 scalars.
 
-    think opens a thought (the last of a prompt, or in its template), close ends it. end: ends an
-    answer; -1 where it has a fixed length. pad: written behind a response.
+    close: ends a thought, which the prompt has opened. end: ends an answer; -1 where it has a fixed
+    length. pad: written behind a response.
     """
 
-    think: jax.Array | int
     close: jax.Array | int
     end: jax.Array | int
     pad: jax.Array | int

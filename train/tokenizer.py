@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import numpy as np
 from etils import epath
 
+from jaxlib_methods.thought_prompts import SPECIALS
+
 # Names under which published tokenizers keep the token that ends a document, best first.
 END_OF_TEXT = (
     "<|endoftext|>",
@@ -21,17 +23,13 @@ END_OF_TEXT = (
 )
 
 
-# What thinking before an answer needs. Of bytes they are control characters that no text holds.
-THOUGHT_TOKENS = ("<budget>", "<think>", "</think>", "<end>")
-
-
 class Tokenizer(Protocol):
     """Text to ids and back.
 
     vocab_size: ids are below it.
     separator: the id in front of every document; as a target it is a document's end.
     fingerprint: equal for two tokenizers only if they give the same ids.
-    special: ids of the tokens of `THOUGHT_TOKENS` that it has.
+    special: ids of the tokens of `thought_prompts.SPECIALS` that it has.
     """
 
     vocab_size: int
@@ -62,7 +60,8 @@ class ByteTokenizer:
     vocab_size = 256
     separator = 0
     fingerprint = "bytes"
-    special: Mapping[str, int] = dict(zip(THOUGHT_TOKENS, range(1, 5), strict=True))
+    # Control characters, which no text holds.
+    special: Mapping[str, int] = dict(zip(SPECIALS, range(1, 5), strict=True))
 
     def encode(self, text: str) -> np.ndarray:
         """The UTF-8 bytes of `text`, int32 `[n]`."""
@@ -119,9 +118,7 @@ class HuggingFaceTokenizer:
         self._tokenizer.encode_special_tokens = True
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values()) + 1
-        self.special: Mapping[str, int] = {
-            name: ids[name] for name in THOUGHT_TOKENS if name in ids
-        }
+        self.special: Mapping[str, int] = {name: ids[name] for name in SPECIALS if name in ids}
         self.separator = _separator(parsed, path) if separator_id is None else separator_id
         if not 0 <= self.separator < self.vocab_size:
             raise ValueError(

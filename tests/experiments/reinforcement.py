@@ -37,6 +37,15 @@ PARITY: dict[str, tuple[str, dict[str, Any]]] = {
     "RLP, slow average": (RLP, {"ema_decay": 0.999, "rollouts": 16, "batch_size": 8}),
     "RLP, rate 5e-4": (RLP, {"learning_rate": 5e-4}),
 }
+RLP_ON_TEXT: dict[str, Any] = {
+    "positions": "uniform",
+    "reward": "information_gain",
+    "advantage": "leave_one_out",
+    "length_weight": 0.0,
+    "ntp_weight": 0.0,
+    "ema_decay": 0.98,
+    "learning_rate": 1e-4,
+}
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "RMT": (TINY, {}),
     "without next tokens": (TINY, {"ntp_weight": 0.0}),
@@ -45,21 +54,9 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
     "hard only": (TINY, {"positions": "hard"}),
     "next tokens, same steps": (TINY, {"rl_weight": 0.0}),
     "next tokens, same FLOPs": (TINY, {"rl_weight": 0.0, "num_steps": None}),
-    "RLP": (
-        TINY,
-        {
-            "positions": "uniform", "reward": "information_gain", "advantage": "leave_one_out",
-            "length_weight": 0.0, "ntp_weight": 0.0, "ema_decay": 0.98, "learning_rate": 1e-4,
-        },
-    ),
-    "RLP, next tokens weigh 0.1": (
-        TINY,
-        {
-            "positions": "uniform", "reward": "information_gain", "advantage": "leave_one_out",
-            "length_weight": 0.0, "ntp_weight": 0.1, "ema_decay": 0.98, "learning_rate": 1e-4,
-        },
-    ),
-}  # fmt: skip
+    "RLP": (TINY, RLP_ON_TEXT),
+    "RLP, next tokens weigh 0.1": (TINY, RLP_ON_TEXT | {"ntp_weight": 0.1}),
+}
 TABLES = {"parity": PARITY, "text": TEXT}
 
 

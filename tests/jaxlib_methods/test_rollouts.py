@@ -16,7 +16,7 @@ from jaxlib_methods.models.transformer import KVCache, Outputs
 QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
 V = 7
 PAD, CLOSE, END, THINK = 0, 1, 2, 3
-IDS = rl.Tokens(think=THINK, close=CLOSE, end=END, pad=PAD)
+IDS = rl.Tokens(close=CLOSE, end=END, pad=PAD)
 FIXED = IDS._replace(end=-1)
 N, P = 3, 6
 THOUGHT, ANSWER = 4, 3

@@ -18,7 +18,7 @@ from jaxlib_methods.models.transformer import forward, init_params
 QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
 V = 7
 PAD, CLOSE, END, THINK = 0, 1, 2, 3
-IDS = rl.Tokens(think=THINK, close=CLOSE, end=END, pad=PAD)
+IDS = rl.Tokens(close=CLOSE, end=END, pad=PAD)
 ROTARY = TransformerConfig(
     vocab_size=V,
     num_layers=2,
@@ -191,7 +191,7 @@ def test_target_log_probs_are_those_of_the_bare_model(name: str):
 def test_one_compilation_for_all_settings():
     first = run(ROTARY, params_of(ROTARY), *padded(), settings_of())
     before = run._cache_size()  # type: ignore[attr-defined]
-    settings = settings_of(0.3, key=1) | {"tokens": rl.Tokens(think=6, close=5, end=-1, pad=3)}
+    settings = settings_of(0.3, key=1) | {"tokens": rl.Tokens(close=5, end=-1, pad=3)}
     second = run(ROTARY, params_of(ROTARY), *padded([[4], [5, 6], [4] * 6]), settings)
     assert run._cache_size() == before  # type: ignore[attr-defined]
     assert not jnp.array_equal(first.tokens, second.tokens)

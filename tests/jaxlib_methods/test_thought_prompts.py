@@ -17,7 +17,7 @@ INPUTS = jnp.array([[11, 12, 13, 21, 22, 23, 24], [31, 32, 33, 34, 35, 36, 37]])
 TARGETS = jnp.array([[12, 13, 21, 22, 23, 24, 99], [32, 33, 34, 35, 36, 37, 38]])
 POSITIONS = jnp.array([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]])
 WHERE = jnp.array([[True] * 6 + [False], [True] * 7])
-TOKENS = Tokens(think=2, close=3, end=4, pad=0)
+TOKENS = Tokens(close=3, end=4, pad=0)
 
 
 def asked(places: Any, prefix_length: int, answer_length: int) -> Asked:
