@@ -162,8 +162,8 @@ def published_logits(
     tensors: dict[str, np.ndarray], tokens: np.ndarray, state: np.ndarray, num_steps: int
 ) -> np.ndarray:
     """The published model in torch, float64: pairs (2j, 2j + 1) turn as complex numbers."""
-    import torch
-    from torch.nn.functional import silu
+    import torch  # pyright: ignore[reportMissingImports]
+    from torch.nn.functional import silu  # pyright: ignore[reportMissingImports]
 
     weight = {name: torch.tensor(array, dtype=torch.float64) for name, array in tensors.items()}
     turns = torch.tensor(np.exp(1j * angles()[: tokens.shape[1]]))[None, :, None, :]
