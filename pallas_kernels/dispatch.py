@@ -1,0 +1,95 @@
+"""Which implementation of an operation runs, and the sentence that says why not the other."""
+
+import contextlib
+import functools
+import logging
+from collections.abc import Collection, Iterator
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import jax
+
+Implementation = Literal["auto", "xla", "pallas"]
+
+_log = logging.getLogger(__name__)
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
+_interpreted: ContextVar[bool] = ContextVar("interpreted", default=False)
+
+
+def platform() -> str:
+    """The platform that programs are lowered for: JAX's default, or that of `lowering_for`.
+
+    Named as `jax.default_backend` names them: "cpu", "gpu" or "tpu".
+    """
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def lowering_for(platform: str) -> Iterator[None]:
+    """Traces for another platform than JAX's default: compilation ahead of time."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+    """Traces kernels that any platform interprets, slowly: for tests of their numbers."""
+    token = _interpreted.set(True)
+    try:
+        yield
+    finally:
+        _interpreted.reset(token)
+
+
+def interpret() -> bool:
+    """Whether kernels are traced to be interpreted, see `interpreted`."""
+    return _interpreted.get()
+
+
+def choose(
+    op: str,
+    implementation: Implementation,
+    *,
+    unsupported: str | None,
+    wins_on: Collection[str] = (),
+    kernels: Collection[str] = ("tpu",),
+) -> Literal["xla", "pallas"]:
+    """The implementation of `op` that runs.
+
+    unsupported: why the kernel cannot take these arguments, as a clause; None where it can.
+    wins_on: platforms where the kernel was measured to be faster. kernels: platforms it is
+    written for. `auto` is the kernel on the former alone, and logs once what it chose and why;
+    `pallas` is the kernel or a ValueError that says why not.
+    """
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"{op}: unknown implementation {implementation!r}; choose one of "
+            f"{', '.join(get_args(Implementation))}"
+        )
+    if implementation == "xla":
+        return "xla"
+    here = platform()
+    missing = here not in kernels and not interpret()
+    if implementation == "pallas":
+        why_not = unsupported
+        if why_not is None and missing:
+            why_not = f"no kernel is written for {here}, only for {', '.join(sorted(kernels))}"
+        if why_not is not None:
+            raise ValueError(f"{op}: pallas was asked for, but {why_not}; choose auto or xla")
+        return "pallas"
+    if here not in wins_on:
+        choice, reason = "xla", f"no kernel is known to be faster on {here}"
+    elif unsupported is not None:
+        choice, reason = "xla", unsupported
+    else:
+        choice, reason = "pallas", f"it is the faster one on {here}"
+    _log_once(op, choice, reason)
+    return choice
+
+
+@functools.cache
+def _log_once(op: str, choice: str, reason: str) -> None:
+    _log.info("%s runs as %s: %s", op, choice, reason)
