@@ -27,9 +27,7 @@ _SEEDS = flags.DEFINE_multi_integer("seed", [0, 1, 2], "Seeds; repeatable.")
 ARMS: dict[str, dict[str, Any]] = {
     "base": {},
     "fixed": {"recurrence_sampling": "fixed"},
-    "add": {"injection": "add"},
     "no_injection": {"injection": "none"},
-    "pre_norm": {"block": "pre_norm"},
     "k1": {"backprop_steps": 1},
     "k8": {"backprop_steps": 8},
     "twin": {"recurrence": 1, "recurrence_sampling": "fixed", "backprop_steps": None},
@@ -37,6 +35,8 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain_flops": {
         "recurrence": 0, "backprop_steps": None, "kernel_init": "scaled", "num_layers": 13,
     },
+    "add": {"injection": "add"},
+    "pre_norm": {"block": "pre_norm"},
 }  # fmt: skip
 RECURRENT = [name for name, fields in ARMS.items() if "recurrence" not in fields]
 PROMPTS, NEW_TOKENS = 8, 40
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
     del argv
     root = pathlib.Path(_WORKDIR.value).absolute()
     root.mkdir(parents=True, exist_ok=True)
-    runs = [config_of(arm, seed, root) for seed in _SEEDS.value for arm in ARMS]
+    runs = [config_of(arm, seed, root) for arm in ARMS for seed in _SEEDS.value]
     pool.train_all(runs, root, workers=_WORKERS.value)
     for title, show in (
         ("Loss by iterations", show_depths),
