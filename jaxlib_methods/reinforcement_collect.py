@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,7 +91,7 @@ def tiers_of(setting: Setting, extra: Any, batch: Any) -> jax.Array:
 def proportions(setting: Setting, step: jax.Array) -> jax.Array:
     """Proportions of easy, medium and hard places at a step, float32 `[3]`."""
     cfg = setting.cfg
-    if cfg.task == "parity":
+    if cfg.task != "text":
         return jnp.asarray(EVENLY)
     if cfg.positions != "curriculum":
         return jnp.array([0.0, 0.0, 1.0])
@@ -127,9 +127,14 @@ def think(
     *,
     num_rollouts: int,
     taught: bool = False,
+    temperature: jax.Array | float | None = None,
+    thought_limit: jax.Array | int | None = None,
     key: jax.Array,
 ) -> Thoughts:
-    """Draws places and thinks at each of them; or makes up one thought each, `taught`."""
+    """Draws places and thinks at each of them; or makes up one thought each, `taught`.
+
+    temperature, thought_limit: see `roll_out`; none are those of the configuration.
+    """
     cfg, model = setting.cfg, setting.model
     place_key, thought_key = jax.random.split(key)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(place_key, jnp.arange(len(tiers)))
@@ -143,7 +148,8 @@ def think(
     prompts, lengths = frame(setting.frame, budget, asked.prefixes, asked.lengths)
     prompts = constrain(prompts, "batch", None)
     if taught:
-        of_task = getattr(taught_thoughts, f"of_{cfg.task}")
+        bits = cfg.task == "parity"
+        of_task = taught_thoughts.of_parity if bits else taught_thoughts.of_text
         thoughts, sizes = of_task(asked, max_thought=cfg.max_thought, key=thought_key)
         responses = taught_thoughts.respond(
             thoughts, sizes, asked, tokens=setting.tokens, answer_slots=cfg.answer_slots
@@ -159,10 +165,11 @@ def think(
             num_rollouts=num_rollouts,
             max_thought=cfg.max_thought,
             max_answer=cfg.answer_slots,
-            temperature=cfg.temperature,
+            temperature=cfg.temperature if temperature is None else temperature,
             tokens=setting.tokens,
             force_close=cfg.force_close or cfg.answer_slots == 0,
             key=thought_key,
+            thought_limit=thought_limit,
         )
     return Thoughts(places, drawn, valid, asked, prompts, lengths, responses)
 
@@ -181,7 +188,11 @@ def matches(setting: Setting, asked: Asked, responses: Rollouts) -> jax.Array:
     table, sizes = map(jnp.asarray, setting.spelling)
     room = table.shape[1] * answers.shape[-1]
     said, said_length = rewards.spell(answers, lengths, table, sizes, size=room)
-    true, _ = rewards.spell(truths, truth_lengths, table, sizes, size=room)
+    true, true_length = rewards.spell(truths, truth_lengths, table, sizes, size=room)
+    if setting.cfg.reward == "boxed":
+        said, said_length = rewards.boxed(said, said_length)
+    if setting.cfg.reward != "prefix_match":
+        return rewards.same_text_reward(said, said_length, true, true_length)
     ends = jnp.cumsum(sizes[truths], axis=-1)
     ends = jnp.where(place < truth_lengths[..., None], ends, 0)
     return rewards.prefix_match_reward(said, said_length, true, ends)
@@ -295,7 +306,10 @@ def make_collect(setting: Setting) -> Callable[..., Any]:
                 setting.apply, extra["initial"], thoughts.prompts, thoughts.lengths,
                 thoughts.responses, temperature=cfg.temperature,
             )  # fmt: skip
-        return _collected(batch, thoughts, advantages, reference), state, metrics
+        # Behind a question stands nothing but its answer.
+        left_out = "place" if cfg.task == "text" else "rest"
+        found = _collected(batch, thoughts, advantages, reference, left_out=left_out)
+        return found, state, metrics
 
     return collect
 
@@ -321,7 +335,7 @@ def make_teach(setting: Setting) -> Callable[..., Any]:
         weights = valid[:, None].astype(jnp.float32)
         reference = jnp.zeros_like(responses.log_probs)
         # As next tokens these targets count too: nothing else teaches them without a thought.
-        found = _collected(batch, thoughts, weights, reference, leave_out=False)
+        found = _collected(batch, thoughts, weights, reference, left_out="none")
         return found, state, metrics
 
     return teach
@@ -333,13 +347,15 @@ def _collected(
     advantages: jax.Array,
     reference: jax.Array,
     *,
-    leave_out: bool = True,
+    left_out: Literal["place", "rest", "none"],
 ) -> Collected:
-    """leave_out: the chosen targets are no next tokens."""
+    """left_out: what is no next token: the chosen targets, or those behind them in a row too."""
     D, K = thoughts.places.shape
     rows = jnp.arange(D)[:, None]
     chosen = jnp.zeros(batch.where.shape, bool).at[rows, thoughts.places].max(thoughts.valid)
-    where = batch.where & ~chosen if leave_out else batch.where
+    if left_out == "rest":
+        chosen = jnp.cumsum(chosen, axis=1) > 0
+    where = batch.where if left_out == "none" else batch.where & ~chosen
     text = Batch(batch.inputs, batch.targets, batch.positions, batch.segments, where)
     share = where.sum() / jnp.maximum(thoughts.valid.sum(), 1)
     by_row = lambda x: x.reshape(D, K, *x.shape[1:])  # noqa: E731

@@ -77,25 +77,27 @@ def roll_out(
     tokens: Tokens,
     force_close: bool,
     key: jax.Array,
+    thought_limit: jax.Array | int | None = None,
 ) -> Rollouts:
     """Samples `num_rollouts` responses to each prompt, of R = max_thought + 1 + max_answer slots.
 
     prompts: int32 `[N, P]`, left-padded; lengths: int32 `[N]`, at least 1. cache: empty, for N
     rows, of at least P + R - 1 slots; each prompt is read once, then its cache is repeated.
 
-    The first close ends the thought. After `max_thought` tokens without one, `force_close` puts it
-    there unsampled and the model answers; otherwise the response is over. The answer ends after
-    `end`, or after `max_answer` tokens, of which `end` is one; 0 stops at close. An answer may hold
-    any token, close too. temperature: divides the logits; 0 takes the likeliest token and gives
-    log-probabilities of temperature 1.
+    The first close ends the thought. After `thought_limit` tokens without one (none: max_thought,
+    the most), `force_close` puts it there unsampled and the model answers; otherwise the response
+    is over, and the limit is at least 1. The answer ends after `end`, or after `max_answer` tokens,
+    of which `end` is one; 0 stops at close. An answer may hold any token, close too. temperature:
+    divides the logits; 0 takes the likeliest token and gives log-probabilities of temperature 1.
 
-    Row (n, g) draws its token t with `fold_in(fold_in(fold_in(key, n), g), t)`. Temperature, ids,
-    lengths and key are data, not compiled in. Nothing here has a gradient. Raises ValueError for
-    impossible sizes.
+    Row (n, g) draws its token t with `fold_in(fold_in(fold_in(key, n), g), t)`. Temperature, limit,
+    ids, lengths and key are data, not compiled in. Nothing here has a gradient. Raises ValueError
+    for impossible sizes.
     """
     _check(prompts, cache, num_rollouts, max_thought, max_answer, force_close)
     (N, _), G, R = prompts.shape, num_rollouts, max_thought + 1 + max_answer
     tokens = Tokens(*(jnp.asarray(token, jnp.int32) for token in tokens))
+    limit = max_thought if thought_limit is None else jnp.minimum(thought_limit, max_thought)
     params = jax.lax.stop_gradient(params)
     state = prefill(apply, params, prompts, lengths, cache=cache, max_new_tokens=R)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
@@ -112,7 +114,7 @@ def roll_out(
         drawn = jnp.where(greedy, jnp.argmax(tempered, axis=-1), drawn).astype(jnp.int32)
         progress = progress._replace(state=progress.state._replace(cache=new_cache))
         log_prob = -token_nll(tempered, drawn)
-        return _append(progress, drawn, log_prob, tokens, max_thought, max_answer, force_close)
+        return _append(progress, drawn, log_prob, tokens, limit, max_answer, force_close)
 
     progress = jax.lax.while_loop(
         lambda progress: (progress.state.step < R) & ~progress.state.done.all(),
@@ -121,7 +123,7 @@ def roll_out(
             _repeat(state, G), jnp.zeros((N * G, R), jnp.float32), jnp.full((N * G,), -1, jnp.int32)
         ),
     )
-    flat = _collect(progress, tokens.pad, tokens.end, max_thought, max_answer)
+    flat = _collect(progress, tokens.pad, tokens.end, limit, max_answer)
     return Rollouts(*(x.reshape(N, G, *x.shape[1:]) for x in flat))
 
 
@@ -193,7 +195,7 @@ def _append(
     drawn: jax.Array,
     log_prob: jax.Array,
     tokens: Tokens,
-    max_thought: int,
+    limit: jax.Array | int,
     max_answer: int,
     force_close: bool,
 ) -> _Progress:
@@ -201,7 +203,7 @@ def _append(
     state, log_probs, close_at = progress
     step = state.step
     thinking = close_at < 0
-    forced = thinking & (step == max_thought)  # without force_close, no row comes this far
+    forced = thinking & (step == limit)  # without force_close, no row comes this far
     new = jnp.where(forced, tokens.close, drawn)
     new = jnp.where(state.done, tokens.pad, new)
     closes = thinking & ~state.done & (new == tokens.close)
@@ -209,7 +211,7 @@ def _append(
     over = (close_at >= 0) & (step - close_at == max_answer)
     over |= ~thinking & (new == tokens.end)
     if not force_close:
-        over |= (close_at < 0) & (step + 1 == max_thought)
+        over |= (close_at < 0) & (step + 1 == limit)
     log_prob = jnp.where(state.done | forced, 0, log_prob).astype(log_probs.dtype)
     write = jax.lax.dynamic_update_slice_in_dim
     state = state._replace(
@@ -224,7 +226,7 @@ def _append(
 
 
 def _collect(
-    progress: _Progress, pad: Any, end: Any, max_thought: int, max_answer: int
+    progress: _Progress, pad: Any, end: Any, limit: jax.Array | int, max_answer: int
 ) -> Rollouts:
     """What became of the B rows; all without the axis of rollouts."""
     state, log_probs, close_at = progress
@@ -232,13 +234,13 @@ def _collect(
     written = slot < state.lengths[:, None]
     # Steps that an early end left out were never written.
     tokens = jnp.where(written, state.tokens, pad)
-    ended, forced = close_at >= 0, close_at == max_thought
+    ended, forced = close_at >= 0, close_at == limit
     begin, place = close_at + 1, jnp.arange(max_answer)[None]
     answers = jnp.take_along_axis(tokens, begin[:, None] + place, axis=1)
     counted = ended[:, None] & (place < (state.lengths - begin)[:, None]) & (answers != end)
     return Rollouts(
         tokens=tokens,
-        where=written & ~(forced[:, None] & (slot == max_thought)),
+        where=written & ~(forced[:, None] & (slot == limit)),
         log_probs=log_probs,
         lengths=state.lengths,
         thought_lengths=jnp.where(ended, close_at, state.lengths),
@@ -290,8 +292,25 @@ def target_log_probs(
 
         S_pred = log p(target | prompt, thought, close)
 
-    A thought that was never closed is closed here. prompts: int32 `[N, P]`, left-padded; lengths,
-    target: int32 `[N]`. Returns `[N, G]` nats, of temperature 1.
+    prompts: int32 `[N, P]`, left-padded; lengths, target: int32 `[N]`. Returns `[N, G]` nats, of
+    temperature 1.
+    """
+    logits = thought_logits(apply, params, prompts, lengths, rollouts, tokens=tokens)
+    return -token_nll(logits, jnp.broadcast_to(target[:, None], logits.shape[:2]))
+
+
+def thought_logits(
+    apply: Apply,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    rollouts: Rollouts,
+    *,
+    tokens: Tokens,
+) -> jax.Array:
+    """Logits `[N, G, V]` of the token after each thought; see `target_log_probs`.
+
+    A thought that was never closed is closed here.
     """
     (N, G, R), A = rollouts.tokens.shape, rollouts.answers.shape[2]
     slots = R - A  # of the longest thought and close
@@ -304,7 +323,7 @@ def target_log_probs(
     turned = (jnp.arange(W)[None] - (slots - 1 - thought_lengths)) % W
     rows = jnp.take_along_axis(rows, turned, axis=1)
     total = jnp.repeat(lengths, G) + thought_lengths[:, 0] + 1
-    return prefix_log_probs(apply, params, rows, total, jnp.repeat(target, G)).reshape(N, G)
+    return prefix_logits(apply, params, rows, total).reshape(N, G, -1)
 
 
 def prefix_log_probs(

@@ -246,6 +246,22 @@ def test_the_loop_ends_when_all_rows_are_done():
     assert calls == [(2, P - 1)] + [(2, 1)] * 4
 
 
+@pytest.mark.parametrize("force_close", [True, False])
+def test_a_limit_is_a_shorter_longest_thought(force_close: bool):
+    lengths, num = jnp.array([2, 6, 1]), 8
+    table = 1.5 * jax.random.normal(jax.random.key(1), (N * num, P + 8, V))
+    settings: dict[str, Any] = {"num_rollouts": num, "max_answer": ANSWER, "temperature": 1.0}
+    settings |= {"tokens": IDS, "force_close": force_close, "key": jax.random.key(5)}
+    short = run_script(scripted, table, lengths, max_thought=2, **settings)
+    got = run_script(scripted, table, lengths, max_thought=4, thought_limit=2, **settings)
+    for name, x, y in zip(got._fields, got, short, strict=True):
+        same = name not in ("tokens", "where", "log_probs")
+        np.testing.assert_array_equal(x if same else x[..., :-2], y, err_msg=name)
+    assert not got.where[..., -2:].any()
+    free = run_script(scripted, table, lengths, max_thought=4, thought_limit=9, **settings)
+    assert int(free.thought_lengths.max()) == 4 > int(got.thought_lengths.max()) == 2
+
+
 def test_what_was_not_sampled_may_be_nan():
     lengths = jnp.array([2, 5])
     where = jnp.array([[[True, True, False, True, False]], [[True, False, False, False, False]]])
