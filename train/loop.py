@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import jax
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
@@ -19,8 +18,16 @@ from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train import step as train_step
 from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import RunConfig
-from jaxlib_methods.train.optimizer import make_optimizer, make_schedule
-from jaxlib_methods.train.prepare import Prepared, mesh_of, plan, prepare, start_of
+from jaxlib_methods.train.prepare import (
+    Placed,
+    Prepared,
+    mesh_of,
+    place,
+    plan,
+    prepare,
+    start_of,
+    train_step_of,
+)
 from jaxlib_methods.train.state import TrainState
 
 
@@ -69,36 +76,22 @@ def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
     `time.perf_counter()` at its start.
     """
     config, method = prepared.config, prepared.method
-    mesh, optimizer, abstract = _place(prepared)
+    mesh, placed = _place(prepared)
     keep = config.checkpoint.keep
     with (
         jax.set_mesh(mesh),
         Checkpoints(config.workdir, keep=keep, record=prepared.record) as checkpoints,
     ):
         if (checkpoints.latest_step or 0) < config.train.num_steps:
-            state = _first_state(config, method, optimizer, abstract, checkpoints)
+            state = _first_state(config, method, placed, checkpoints)
             if jax.process_index() == 0:
                 checkpoint.write_config(config.workdir, prepared.record)
-            _Loop(prepared, optimizer, abstract, mesh, checkpoints, stop).run(state, started)
+            _Loop(prepared, placed, mesh, checkpoints, stop).run(state, started)
 
 
-def _place(prepared: Prepared) -> tuple[Mesh, optax.GradientTransformation, TrainState]:
-    """The mesh, the optimiser and the abstract state. Raises ValueError where they do not fit."""
-    config = prepared.config
-    mesh = mesh_of(config.mesh)
-    data.check_divisible(
-        config.data.batch_size,
-        prepared.dataset.sequence_length,
-        mesh=mesh,
-        spec=partitioning.batch_spec(),
-        num_microbatches=config.train.num_microbatches,
-        rows_multiple=prepared.method.rows_multiple,
-        length_flag=prepared.method.length_flag,
-    )
-    optimizer = make_optimizer(
-        config.optimizer, config.train.num_steps, rate_factors=prepared.method.rate_factors
-    )
-    return mesh, optimizer, train_state.abstract_state(prepared.method, optimizer, mesh)
+def _place(prepared: Prepared) -> tuple[Mesh, Placed]:
+    mesh = mesh_of(prepared.config.mesh)
+    return mesh, place(prepared.config, prepared.method, prepared.dataset, mesh)
 
 
 def _summary(prepared: Prepared) -> report.Summary:
@@ -114,11 +107,11 @@ def _summary(prepared: Prepared) -> report.Summary:
 def _first_state(
     config: RunConfig,
     method: Method,
-    optimizer: optax.GradientTransformation,
-    abstract: TrainState,
+    placed: Placed,
     checkpoints: Checkpoints,
 ) -> TrainState:
     """Own run > given run > given weights > new."""
+    optimizer, abstract = placed
     given, weights = config.checkpoint.restore_from, start_of(config)
     key = jax.random.key(config.seed)
     if checkpoints.latest_step is not None:
@@ -148,17 +141,15 @@ class _Loop:
     def __init__(
         self,
         prepared: Prepared,
-        optimizer: optax.GradientTransformation,
-        abstract: TrainState,
+        placed: Placed,
         mesh: Mesh,
         checkpoints: Checkpoints,
         stop: threading.Event,
     ) -> None:
         config = prepared.config
         self._prepared, self._config, self._method = prepared, config, prepared.method
-        self._optimizer, self._abstract, self._mesh = optimizer, abstract, mesh
+        self._placed, self._mesh = placed, mesh
         self._checkpoints, self._stop = checkpoints, distributed.StopVote(mesh, stop)
-        self._schedule = make_schedule(config.optimizer, config.train.num_steps)
         self._key = jax.random.fold_in(jax.random.key(config.seed), 1)
         self._pending = metrics.Accumulator()
         self._profiling = False
@@ -214,14 +205,7 @@ class _Loop:
             self._method = self._method.then
         self._extra: Any = None  # before the next one is made: both need not fit
         self._extra = self._method.init(jax.random.fold_in(self._key, 0))
-        self._train_step = train_step.make_train_step(
-            self._method.loss,
-            self._optimizer,
-            self._schedule,
-            self._abstract,
-            collect=self._method.collect,
-            num_microbatches=self._config.train.num_microbatches,
-        )
+        self._train_step = train_step_of(self._config, self._method, self._placed)
         self._eval_step = train_step.make_eval_step(self._method)
         self._throughput.read()  # what is left was another program's
         self._throughput.flops_per_token = self._method.flops_per_token

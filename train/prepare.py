@@ -7,17 +7,28 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import optax
 from etils import epath
 from jax.sharding import Mesh
 
 from jaxlib_methods import registry
-from jaxlib_methods.method import Context, Dataset, Method, Pretrained
+from jaxlib_methods.method import (
+    Context,
+    Dataset,
+    LoadPretrained,
+    Method,
+    OpenTiers,
+    Pretrained,
+)
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import checkpoint, data, entropies, metrics
 from jaxlib_methods.train.checkpoint import Record
 from jaxlib_methods.train.config import DataConfig, MeshConfig, RunConfig
 from jaxlib_methods.train.corpus import Split
 from jaxlib_methods.train.data import TextDataset
+from jaxlib_methods.train.optimizer import make_optimizer, make_schedule
+from jaxlib_methods.train.state import TrainState, abstract_state
+from jaxlib_methods.train.step import TrainStep, make_train_step
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
 
 START = "start"  # folder of the run that `checkpoint.init_from=preset:NAME` stands for
@@ -178,12 +189,11 @@ def _check_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
 def _build(
     config: RunConfig, tokenizer: Tokenizer, planned: Mapping[str, RunConfig]
 ) -> tuple[Method, list[str]]:
-    """The method, its `preset:NAME` values replaced by the runs that they stand for.
+    """The method, and the versions of the finished models that it asked for.
 
-    Also the versions of the finished models that it asked for; a planned run has none yet.
+    A planned run has none yet.
     """
     versions: list[str] = []
-    folders = {name: run.workdir for name, run in prerequisites(config).items() if name != START}
 
     def load_pretrained(source: str, *, weights: bool = True, dtype: str | None = None) -> Any:
         if not weights and source in planned:
@@ -194,6 +204,15 @@ def _build(
             versions.append(found.version)
         return found
 
+    open_tiers = functools.partial(_open_tiers, config.data, tokenizer.fingerprint)
+    return build_method(config, tokenizer, load_pretrained, open_tiers), versions
+
+
+def build_method(
+    config: RunConfig, tokenizer: Tokenizer, load_pretrained: LoadPretrained, open_tiers: OpenTiers
+) -> Method:
+    """A run's method, its `preset:NAME` values replaced by the runs that they stand for."""
+    folders = {name: run.workdir for name, run in prerequisites(config).items() if name != START}
     context = Context(
         model=config.model,
         num_steps=config.train.num_steps,
@@ -204,10 +223,10 @@ def _build(
         num_microbatches=config.train.num_microbatches,
         tokens=tokenizer,
         init_from=start_of(config),
-        open_tiers=functools.partial(_open_tiers, config.data, tokenizer.fingerprint),
+        open_tiers=open_tiers,
     )
     method_config = dataclasses.replace(config.method_config, **folders)
-    return registry.build(config.method, method_config, context), versions
+    return registry.build(config.method, method_config, context)
 
 
 def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -250,6 +269,42 @@ def _check_records(config: RunConfig, record: Record, *, stateful: bool) -> None
                 f"checkpoint.restore_from={given} holds no run with a checkpoint"
             )
         checkpoint.check_same_run(other, record, where=given, stateful=stateful)
+
+
+class Placed(NamedTuple):
+    """A method on a mesh: the optimiser and the abstract state of its runs."""
+
+    optimizer: optax.GradientTransformation
+    abstract: TrainState
+
+
+def place(config: RunConfig, method: Method, dataset: Dataset, mesh: Mesh) -> Placed:
+    """Cuts a run for a mesh. Raises ValueError where they do not fit."""
+    data.check_divisible(
+        config.data.batch_size,
+        dataset.sequence_length,
+        mesh=mesh,
+        spec=partitioning.batch_spec(),
+        num_microbatches=config.train.num_microbatches,
+        rows_multiple=method.rows_multiple,
+        length_flag=method.length_flag,
+    )
+    optimizer = make_optimizer(
+        config.optimizer, config.train.num_steps, rate_factors=method.rate_factors
+    )
+    return Placed(optimizer, abstract_state(method, optimizer, mesh))
+
+
+def train_step_of(config: RunConfig, method: Method, placed: Placed) -> TrainStep:
+    """The program of a run's optimiser step."""
+    return make_train_step(
+        method.loss,
+        placed.optimizer,
+        make_schedule(config.optimizer, config.train.num_steps),
+        placed.abstract,
+        collect=method.collect,
+        num_microbatches=config.train.num_microbatches,
+    )
 
 
 @functools.cache
