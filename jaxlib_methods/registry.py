@@ -78,7 +78,7 @@ METHODS: dict[str, Entry] = {
         ReinforcementMidtrainingConfig,
         reinforcement_midtraining.make,
         baseline=_without_reasoning,
-        reads_text=lambda config: config.task == "text",
+        reads_text=lambda config: config.task != "parity",
     ),
     "energy": Entry(energy.EnergyConfig, energy.make, init_model=energy.init_params),
     "energy_image": Entry(

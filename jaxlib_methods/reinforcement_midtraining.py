@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_methods import curriculum, losses, next_token, policy_gradient, rollouts
+from jaxlib_methods import curriculum, losses, next_token, policy_gradient, rewards, rollouts
 from jaxlib_methods.method import Context, LossFn, Method, Metrics
 from jaxlib_methods.reinforcement_collect import (
     EVENLY,
@@ -40,7 +40,9 @@ from jaxlib_methods.reinforcement_collect import (
 from jaxlib_methods.reinforcement_flops import train_flops
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.rollouts import Tokens
-from jaxlib_methods.tasks import parity
+from jaxlib_methods.tasks import parity, written_questions
+from jaxlib_methods.tasks.questions import SPLITS, Split
+from jaxlib_methods.tasks.written_questions import WrittenQuestions
 from jaxlib_methods.thought_prompts import make_frame
 
 
@@ -161,8 +163,7 @@ def make_setting(cfg: ReinforcementMidtrainingConfig, context: Context) -> Setti
             "reinforcement_midtraining needs a plain transformer, and "
             f"model.recurrence={model.recurrence} is recurrent in depth; leave it out"
         )
-    length = _row_length(cfg, context)
-    prefix_length = min(cfg.prompt_length or length, length)
+    prefix_length = _prefix_length(cfg, context)
     tokenizer = context.tokens
     if tokenizer is None or "</think>" not in tokenizer.special:
         raise ValueError(
@@ -180,7 +181,10 @@ def make_setting(cfg: ReinforcementMidtrainingConfig, context: Context) -> Setti
     # A single token needs no end.
     end = -1 if cfg.max_answer == 1 else special.get("<end>", tokenizer.separator)
     tokens = Tokens(close=special["</think>"], end=end, pad=0)
-    spelling = tokenizer.spelling() if cfg.reward == "prefix_match" else None
+    spelling = None
+    if cfg.reward in ("prefix_match", "same_text", "boxed"):
+        spelling = tokenizer.spelling()
+        spelling = spelling if cfg.reward == "prefix_match" else rewards.without_form(*spelling)
     needed = prefix_length + made.length + cfg.response_slots
     if needed > model.max_length:
         raise ValueError(
@@ -223,7 +227,13 @@ def make(cfg: ReinforcementMidtrainingConfig, context: Context) -> Method:
 
 def _dataset(cfg: ReinforcementMidtrainingConfig, context: Context) -> Any:
     """Split -> examples, where they are not the run's plain text."""
-    for name, task in (("bits", "parity"), ("entropy", "text")):
+    of_task = {
+        "bits": "parity",
+        "questions": "questions",
+        "validation_questions": "questions",
+        "entropy": "text",
+    }
+    for name, task in of_task.items():
         value = getattr(cfg, name)
         if value is not None and cfg.task != task:
             raise ValueError(
@@ -233,6 +243,8 @@ def _dataset(cfg: ReinforcementMidtrainingConfig, context: Context) -> Any:
     if cfg.task == "parity":
         questions = {"bits": cfg.question_bits, "seed": cfg.data_seed}
         return functools.partial(parity.ParityDataset, **questions)
+    if cfg.task == "questions":
+        return _open_questions(cfg, context)
     if cfg.entropy is None:
         return None
     if cfg.positions == "uniform":
@@ -242,6 +254,29 @@ def _dataset(cfg: ReinforcementMidtrainingConfig, context: Context) -> Any:
         )
     assert context.open_tiers is not None
     return context.open_tiers(cfg.entropy, functools.partial(_cut, cfg))
+
+
+def _open_questions(
+    cfg: ReinforcementMidtrainingConfig, context: Context
+) -> Callable[[Split], WrittenQuestions]:
+    """Reads and checks both splits at once, before a device is touched."""
+    assert cfg.questions is not None
+    assert context.tokens is not None
+    found = written_questions.read(cfg.questions)
+    if cfg.validation_questions is None:
+        parts = written_questions.divide(found, cfg.questions)
+    else:
+        parts = {"train": found, "validation": written_questions.read(cfg.validation_questions)}
+    shape: Any = {
+        "sequence_length": context.sequence_length,
+        "max_question": _prefix_length(cfg, context),
+        "max_answer": cfg.max_answer,
+        "vocab_size": context.model.vocab_size,
+        "seed": cfg.data_seed,
+    }
+    encode = context.tokens.encode
+    datasets = {split: WrittenQuestions(split, parts[split], encode, **shape) for split in SPLITS}
+    return datasets.__getitem__
 
 
 def _cut(cfg: ReinforcementMidtrainingConfig, entropy: np.ndarray) -> tuple[float, ...]:
@@ -262,6 +297,14 @@ def _cut(cfg: ReinforcementMidtrainingConfig, entropy: np.ndarray) -> tuple[floa
 
 def _row_length(cfg: ReinforcementMidtrainingConfig, context: Context) -> int:
     return cfg.question_bits + 1 if cfg.task == "parity" else context.sequence_length
+
+
+def _prefix_length(cfg: ReinforcementMidtrainingConfig, context: Context) -> int:
+    """Tokens of the longest prefix; behind a question its row has room for the answer."""
+    length = _row_length(cfg, context)
+    if cfg.task == "questions":
+        length += 1 - cfg.max_answer
+    return min(cfg.prompt_length or length, length)
 
 
 def _initial_model(setting: Setting, context: Context) -> Callable[[jax.Array], Any]:

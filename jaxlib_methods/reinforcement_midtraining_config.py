@@ -18,8 +18,12 @@ class ReinforcementMidtrainingConfig:
     reward=information_gain advantage=leave_one_out length_weight=0 ntp_weight=0 rollouts=16
     temperature=0.7 prompt_after=<think>`. "Not published" marks values that the paper leaves open.
 
-    task: `text` reads the run's text; `parity` draws the bits whose parity is asked for.
+    task: `text` reads the run's text; `parity` draws the bits whose parity is asked for;
+        `questions` reads questions with their answers: what is learned after mid-training.
     bits: of a parity question; none is 8.
+    questions: of `task=questions`, a JSONL file of objects with the texts `question` and `answer`;
+        or `parity`, a set of 5 to 9 bits that is made here.
+    validation_questions: the same for validation; none takes one in eight of `questions`, by hash.
     positions: which tokens are reasoned about, in proportions that go from first_tiers to
         last_tiers (`curriculum`), among the hardest tier alone (`hard`), or anywhere (`uniform`).
     positions_per_row: tokens reasoned about in each row of a step. Not published; 1.
@@ -44,9 +48,10 @@ class ReinforcementMidtrainingConfig:
         bytes, control characters.
     prompt_length: tokens of the prefix that are read, the last ones; none reads all of its row.
     reward: the answer's first token is the text's (`match`); its bytes are a prefix of the text's
-        that ends with a token (`prefix_match`); all of it is the text's (`exact`); or the nats by
-        which the thought raises the text's log-probability over that which a moving average of the
-        model gives it without thought (`information_gain`, which draws no answer).
+        that ends with a token (`prefix_match`); all of it is the text's (`exact`), but for white
+        space and capitals (`same_text`), or what stands in its last \\boxed{} is (`boxed`); or the
+        nats by which the thought raises the text's log-probability over that which a moving average
+        of the model gives it without thought (`information_gain`, which draws no answer).
     length_weight: share of the length reward; below 0.5 a right answer of any length is worth more
         than a wrong one of the best length. Not published.
     length_peak: the length reward of a thought that has the budget's length. Not published.
@@ -64,11 +69,13 @@ class ReinforcementMidtrainingConfig:
         the baseline.
     ema_decay: of the moving average in `information_gain`, which is the model at the first step.
     guard: say so when the running mean of the reward falls this far below its best.
-    data_seed: another number is another set of questions.
+    data_seed: another number is another set of parity questions, or another order of a file's.
     """
 
-    task: Literal["text", "parity"] = "text"
+    task: Literal["text", "parity", "questions"] = "text"
     bits: int | None = None
+    questions: str | None = None
+    validation_questions: str | None = None
     positions: Literal["curriculum", "hard", "uniform"] = "curriculum"
     positions_per_row: int = 1
     entropy: str | None = None
@@ -87,7 +94,9 @@ class ReinforcementMidtrainingConfig:
     prompt_before: str | None = None
     prompt_after: str = "<budget>{budget}<think>"
     prompt_length: int | None = None
-    reward: Literal["match", "prefix_match", "exact", "information_gain"] = "match"
+    reward: Literal["match", "prefix_match", "exact", "same_text", "boxed", "information_gain"] = (
+        "match"
+    )
     length_weight: float = 0.3
     length_peak: float = 1.0
     budget: int = 800
@@ -107,6 +116,11 @@ class ReinforcementMidtrainingConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         _require(self.bits is None or self.bits >= 1, f"bits={self.bits} must be at least 1")
+        _require(
+            self.task != "questions" or self.questions is not None,
+            "task=questions needs the file that holds them; give questions=FILE.jsonl, or "
+            "questions=parity",
+        )
         for name in ("positions_per_row", "max_thought", "max_answer", "least_budget"):
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} must be at least 1")

@@ -156,6 +156,76 @@ def spell(
     return jnp.where(place < total[..., None], text, 0).astype(jnp.uint8), total
 
 
+def without_form(table: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A vocabulary's bytes without what two equal answers may differ in, for `spell`.
+
+    White space is left out, capital letters of ASCII become small. table: uint8 `[V, W]`; lengths:
+    int32 `[V]`. Returns the same shapes.
+
+    >>> import numpy as np
+    >>> table, sizes = without_form(np.array([[32, 65]], np.uint8), np.array([2], np.int32))
+    >>> bytes(table[0, : sizes[0]])
+    b'a'
+    """
+    kept, sizes = np.zeros_like(table), np.zeros_like(lengths)
+    for row, size in enumerate(lengths):
+        text = b"".join(table[row, :size].tobytes().lower().split())
+        kept[row, : len(text)] = np.frombuffer(text, np.uint8)
+        sizes[row] = len(text)
+    return kept, sizes
+
+
+def same_text_reward(
+    answer_bytes: jax.Array,
+    answer_lengths: jax.Array,
+    truth_bytes: jax.Array,
+    truth_lengths: jax.Array,
+) -> jax.Array:
+    """1 where two texts are equal, and not empty: a verifier's reward.
+
+    answer_bytes, truth_bytes: uint8 `[..., B]`, 0 behind the end; answer_lengths, truth_lengths:
+    int `[...]`, bytes. Returns float32 `[...]`.
+
+    >>> import jax.numpy as jnp
+    >>> answers, truth = jnp.array([[52, 50], [52, 0]]), jnp.array([[52, 50]])
+    >>> same_text_reward(answers, jnp.array([2, 1]), truth, jnp.array([2])).tolist()
+    [1.0, 0.0]
+    """
+    _check_ranks("truth_bytes", truth_bytes, "answer_bytes", answer_bytes)
+    fits = (answer_lengths > 0) & (answer_lengths <= answer_bytes.shape[-1])
+    same = jnp.all(answer_bytes == truth_bytes, axis=-1) & (answer_lengths == truth_lengths)
+    return (same & fits).astype(jnp.float32)
+
+
+def boxed(text: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+    r"""What stands in the last `\boxed{...}` of texts, whose braces may be nested.
+
+    text: uint8 `[..., B]`, 0 behind the end; lengths: int `[...]`. Returns the same shapes; length
+    0 where there is none, or it is not closed.
+
+    >>> import numpy as np
+    >>> answer = rb"so \boxed{\frac{1}{2}}."
+    >>> inside, size = boxed(np.frombuffer(answer, np.uint8), np.int32(len(answer)))
+    >>> bytes(inside.tolist())[: int(size)]
+    b'\\frac{1}{2}'
+    """
+    mark = np.frombuffer(rb"\boxed{", np.uint8)
+    text, size = jnp.asarray(text), text.shape[-1]
+    place = jnp.expand_dims(jnp.arange(size), range(text.ndim - 1))
+    ahead = jnp.pad(text, [(0, 0)] * (text.ndim - 1) + [(0, len(mark))])
+    here = jnp.ones(text.shape, bool)
+    for i, byte in enumerate(mark):
+        here &= ahead[..., i : i + size] == byte
+    begin = jnp.max(jnp.where(here, place + len(mark), 0), axis=-1, keepdims=True)  # 0: none
+    inside = (place >= begin) & (place < lengths[..., None])
+    change = (text == ord("{")).astype(jnp.int32) - (text == ord("}"))
+    closes = inside & (jnp.cumsum(jnp.where(inside, change, 0), axis=-1) < 0)
+    end = jnp.argmax(closes, axis=-1, keepdims=True)
+    found = jnp.where(closes.any(axis=-1, keepdims=True) & (begin > 0), end - begin, 0)
+    moved = jnp.take_along_axis(text, jnp.minimum(place + begin, size - 1), axis=-1)
+    return jnp.where(place < found, moved, 0), found[..., 0].astype(jnp.int32)
+
+
 def total_reward(match: jax.Array, length: jax.Array, *, weight: float) -> jax.Array:
     """What RMT maximises (arXiv 2509.24375): the answer and the length of its thought.
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import json
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import forward, init_params
 from jaxlib_methods.reinforcement_collect import Collected
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
+from jaxlib_methods.tasks.questions import SPLITS
 from jaxlib_methods.thought_prompts import Asked
 from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train.step import make_train_step, split_microbatches
@@ -181,6 +184,27 @@ def test_which_answers_are_right(reward: Any, expected: list[int]):
         *[unused] * 6, answers=answers, answer_lengths=lengths
     )  # fmt: skip
     asked = Asked(unused, unused, jnp.array([[97, 98]]), jnp.array([2]))
+    assert rmt.matches(setting, asked, responses)[0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("reward", "answers", "expected"),
+    [
+        ("same_text", [b"Ab", b"a  b", b" A\nb ", b"abc", b"a", b""], [1, 1, 1, 0, 0, 0]),
+        ("boxed", [rb"\boxed{ A b}", rb"\boxed{a}", b"ab"], [1, 0, 0]),
+    ],
+)
+def test_a_verifier_compares_texts_without_their_form(
+    reward: Any, answers: list[bytes], expected: list[int]
+):
+    cfg = dataclasses.replace(TEXT, reward=reward, max_answer=12)
+    setting = rmt.make_setting(cfg, context())
+    ids = jnp.array([list(answer.ljust(12, b"\0")) for answer in answers])[None]
+    lengths = jnp.array([[len(answer) for answer in answers]])
+    unused = jnp.zeros((1, len(answers), 1))
+    responses = rmt.rollouts.Rollouts(*[unused] * 6, answers=ids, answer_lengths=lengths)
+    truth = jnp.array([list(b"a B".ljust(12, b"\0"))])
+    asked = Asked(unused, unused, truth, jnp.array([3]))
     assert rmt.matches(setting, asked, responses)[0].tolist() == expected
 
 
@@ -449,6 +473,41 @@ def test_parity_is_a_task_of_its_own():
     assert mean(metrics["share_medium"]) == 1
 
 
+def test_questions_are_asked_whole_and_their_answers_left_out(tmp_path: Path):
+    path = tmp_path / "questions.jsonl"
+    lines = [{"question": f"{i}+{i}=", "answer": str(2 * i)} for i in range(100)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    cfg = dataclasses.replace(
+        TEXT, task="questions", questions=str(path), max_answer=3, reward="same_text",
+        positions_per_row=1,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r":11 has a question of 6 tokens, which must be 2 to 5"):
+        rmt.make(cfg, context(init_from=None, sequence_length=7))
+    method = rmt.make(cfg, context(init_from=None))
+    dataset: Any = method.dataset
+    asked = {split: dataset(split) for split in SPLITS}
+    assert 4 < asked["validation"].num_examples < 25
+    assert sum(data.num_examples for data in asked.values()) == 100
+    batch = jax.tree.map(jnp.asarray, asked["train"].rows(range(D)))
+    state = partitioning.unbox(method.init_state(KEY))  # pyright: ignore[reportOptionalCall]
+    collect: Any = functools.partial(method.collect, step=jnp.int32(0), key=KEY)  # pyright: ignore
+    found, _, metrics = jax.jit(collect, compiler_options=QUICK)(PARAMS, (), batch, state)
+    for row, prompt in enumerate(np.asarray(found.prompts[:, 0])):
+        text, length = bytes(prompt.tolist()), int(found.lengths[row, 0])
+        number = int(text[-length:].split(b"+")[0])
+        assert text[-length:] == f"{number}+{number}=\x014\x02".encode()
+        left = np.asarray(batch.where & ~found.text.where)[row]
+        assert bytes(np.asarray(batch.targets)[row][left].tolist()) == str(2 * number).encode()
+    assert float(metrics["accuracy"][1]) == D * G
+    other = dataclasses.replace(cfg, validation_questions="parity", max_answer=1)
+    with pytest.raises(ValueError, match=r"questions.jsonl:6 has an answer of 2 tokens"):
+        rmt.make(other, context(init_from=None))
+    swapped = dataclasses.replace(cfg, questions="parity", validation_questions=str(path))
+    method = rmt.make(swapped, context(init_from=None))
+    dataset = method.dataset
+    assert [dataset(split).num_examples for split in asked] == [992, 100]
+
+
 def test_tiers_from_a_file_need_no_initial_model():
     cfg = dataclasses.replace(TEXT, entropy="file", positions="hard")
     asked = {}
@@ -490,6 +549,11 @@ def test_the_baseline_is_next_tokens_on_the_same_data():
     [
         (TEXT, {"init_from": None}, "give --checkpoint.init_from, or positions=uniform"),
         (dataclasses.replace(TEXT, bits=8), {}, "bits=8 has no meaning with task=text"),
+        (
+            dataclasses.replace(TEXT, validation_questions="f"),
+            {},
+            "validation_questions=f has no meaning with task=text; .* task=questions",
+        ),
         (TEXT, {"tokens": None}, "needs a tokenizer with a token </think>"),
         (
             TEXT,
@@ -524,6 +588,7 @@ def test_runs_that_cannot_be(
         ({"curriculum_begin": 0.8}, "must be shares of the run, in this order"),
         ({"temperature": 0.0}, "temperature=0.0 must be positive"),
         ({"clip_low": 0.0}, "clip_low=0.0 must be above 0"),
+        ({"task": "questions"}, "task=questions needs the file that holds them; give questions="),
     ],
 )
 def test_configurations_that_cannot_be(fields: dict[str, Any], message: str):

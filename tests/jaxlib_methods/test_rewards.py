@@ -185,6 +185,49 @@ def test_tokens_are_spelled_as_python_joins_them():
             assert bytes(np.asarray(text[place])) == want.ljust(size, b"\0")[:size]
 
 
+def test_form_is_left_out_of_a_vocabulary():
+    words = [b" The", b"A\tb\n", b"  ", b"", b"\xc3\x84Z", b"1,0"]
+    table, sizes = rewards.without_form(
+        np.asarray(as_bytes(words, 4)), np.array([len(word) for word in words], np.int32)
+    )
+    found = [bytes(row[:size]) for row, size in zip(table, sizes, strict=True)]
+    assert found == [b"the", b"ab", b"", b"", b"\xc3\x84z", b"1,0"]
+    assert not table[2].any()
+
+
+def test_equal_texts_are_right_and_empty_ones_are_not():
+    answers, truths = as_bytes([b"42", b"42", b"4", b"421", b""], 3), as_bytes([b"42"], 3)
+    lengths = jnp.array([2, 5, 1, 3, 0])  # the second was cut
+    got = rewards.same_text_reward(answers, lengths, truths, jnp.array([2]))
+    assert got.tolist() == [1, 0, 0, 0, 0]
+    nothing = (answers[4:], lengths[4:])
+    assert rewards.same_text_reward(*nothing, *nothing).tolist() == [0]
+    with pytest.raises(ValueError, match="must have the axes of answer_bytes"):
+        rewards.same_text_reward(answers, lengths, truths[0], jnp.array(2))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (rb"so \boxed{42}.", b"42"),
+        (rb"\boxed{3}, no: \boxed{\frac{1}{2}}", rb"\frac{1}{2}"),
+        (rb"\boxed{\text{a {b}}}}", rb"\text{a {b}}"),
+        (rb"\boxed{3} \boxed{4", b""),
+        (rb"\boxed{}", b""),
+        (rb"boxed{4}", b""),
+        (rb"", b""),
+    ],
+)
+def test_the_last_box_is_opened(text: bytes, expected: bytes):
+    inside, size = jax.jit(rewards.boxed)(as_bytes([text], 40)[0], jnp.int32(len(text)))
+    assert bytes(np.asarray(inside)) == expected.ljust(40, b"\0")
+    assert int(size) == len(expected)
+    # What was cut at the array's end is not closed; rows of a batch do not meet.
+    both = as_bytes([text, rb"\boxed{x}"], 40)[None]
+    _, sizes = rewards.boxed(both, jnp.array([[len(text), 9]]))
+    assert sizes.tolist() == [[len(expected), 1]]
+
+
 # Sums and differences.
 
 
