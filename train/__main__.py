@@ -26,6 +26,12 @@ def main(argv: list[str]) -> None:
         if FLAGS.print_config:
             print(flags.to_flagfile(config), end="")
             return
+        if FLAGS.compile_only:
+            from jaxlib_methods.train import compile_only
+
+            workdir = config.workdir if FLAGS["workdir"].present else None
+            compile_only.run(config, FLAGS.topology, workdir=workdir)
+            return
         require_complete(config)
         from jaxlib_methods.train import loop  # heavy: wrong flags fail before it is imported
 

@@ -54,8 +54,12 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
     for name, text in (
         ("print_config", "Print what would run, as a flagfile, and exit."),
         ("list_presets", "Print the presets with what they promise, and exit."),
+        ("compile_only", "Compile the run for --topology, print what it needs, and exit."),
     ):
         flags.DEFINE_flag(flags.BooleanFlag(name, False, text), values, module_name=sys.argv[0])
+    text = "Devices to compile for with --compile_only: v5p:4x4x4, v5e:16x16, cpu:8."
+    topology = flags.Flag(flags.ArgumentParser(), None, "topology", "cpu:8", text)
+    flags.DEFINE_flag(topology, values, module_name=sys.argv[0])
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

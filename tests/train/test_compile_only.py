@@ -1,0 +1,346 @@
+"""Compiling for machines that are not here: bytes and collectives worked by hand, every method."""
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
+from jaxlib_methods.energy_config import EnergyConfig
+from jaxlib_methods.late_to_early import LateToEarlyConfig
+from jaxlib_methods.models import partitioning
+from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
+from jaxlib_methods.train import compile_only, compile_report, hlo, roofline, topology
+from jaxlib_methods.train.compile_report import Memory
+from jaxlib_methods.train.config import RunConfig
+from jaxlib_methods.train.roofline import GIB, Chip
+
+AXES = {"slices": 1, "data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
+MiB = 2**20
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: pip install jaxlib-methods[tpu]",
+)
+
+
+def compiled_text(function: Callable[..., Any], *arguments: Any) -> str:
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def fsdp_matmuls(num_layers: int) -> hlo.Cost:
+    """x @ W for each of the layers, W `[64, 64]` float32 cut into 4 and gathered."""
+    mesh = partitioning.make_mesh(data=2, fsdp=4)
+    rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    cut = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows)
+    w = jax.ShapeDtypeStruct((num_layers, 64, 64), jnp.float32, sharding=cut)
+
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        def layer(x: jax.Array, w: jax.Array) -> tuple[jax.Array, None]:
+            whole = jax.lax.with_sharding_constraint(w, partitioning.replicated(mesh))
+            return jax.lax.with_sharding_constraint(jnp.tanh(x @ whole), rows), None
+
+        return jax.lax.scan(layer, x, w)[0]
+
+    return hlo.read(compiled_text(run, x, w), AXES)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_a_scan_gathers_the_weights_of_each_layer(num_layers: int):
+    cost = fsdp_matmuls(num_layers)
+    assert cost.collectives == {
+        ("all-gather", "fsdp"): hlo.Moved(num_layers, num_layers * 64 * 64 * 4)
+    }
+    assert cost.unknown_loops == 0
+
+
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%all-reduce-scatter.1 (p: f32[8,128]) -> f32[2,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %reduced = f32[8,128]{1,0} all-reduce(%p), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %zero = s32[] constant(0)
+  ROOT %part = f32[2,128]{1,0:T(8,128)} dynamic-slice(%reduced, %zero, %zero)
+}
+
+%sliced (stack: f32[10,8,128], i: s32[]) -> f32[8,128] {
+  %stack = f32[10,8,128]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %one = f32[1,8,128]{2,1,0} dynamic-slice(%stack, %i, %i, %i)
+  ROOT %layer = f32[8,128]{1,0} bitcast(%one)
+}
+
+%body (state: (s32[], f32[10,8,128])) -> (s32[], f32[10,8,128]) {
+  %state = (s32[], f32[10,8,128]{2,1,0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%state), index=0
+  %stack.1 = f32[10,8,128]{2,1,0} get-tuple-element(%state), index=1
+  %x = f32[8,128]{1,0} fusion(%stack.1, %i.1), kind=kLoop, calls=%sliced
+  %move = (f32[8,128], f32[8,128]) collective-permute-start(%x), source_target_pairs={{0,4},{4,0}}
+  %done = f32[8,128]{1,0} collective-permute-done(%move)
+  %scattered = f32[2,128]{1,0:T(8,128)S(1)} fusion(%done), kind=kCustom, calls=%all-reduce-scatter.1
+  %two = s32[] constant(2)
+  %later = s32[] add(%i.1, %two)
+  ROOT %next = (s32[], f32[10,8,128]{2,1,0}) tuple(%later, %stack.1)
+}
+
+%condition (state: (s32[], f32[10,8,128])) -> pred[] {
+  %state.1 = (s32[], f32[10,8,128]{2,1,0}) parameter(0)
+  %i.2 = s32[] get-tuple-element(%state.1), index=0
+  %ten = s32[] constant(10)
+  ROOT %test = pred[] compare(%i.2, %ten), direction=LT
+}
+
+ENTRY %main (stack.2: f32[10,8,128]) -> f32[10,8,128] {
+  %stack.2 = f32[10,8,128]{2,1,0} parameter(0)
+  %begin = s32[] constant(4)
+  %first = (s32[], f32[10,8,128]{2,1,0}) tuple(%begin, %stack.2)
+  %loop = (s32[], f32[10,8,128]{2,1,0}) while(%first), condition=%condition, body=%body
+  ROOT %result = f32[10,8,128]{2,1,0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_a_loop_without_a_note_is_counted_by_its_condition():
+    cost = hlo.read(PROGRAM, AXES)
+    assert cost.collectives == {  # three trips: 4, 6 and 8
+        ("collective-permute", "data"): hlo.Moved(3, 3 * 4096),
+        ("reduce-scatter", "fsdp"): hlo.Moved(3, 3 * 4096),
+    }
+    # Of the stack a trip reads one layer and the index, and writes the layer; it moves that, sums
+    # it into VMEM, and adds to the index.
+    assert cost.memory_bytes == 3 * ((4096 + 4 + 4096) + 2 * 4096 + 4096 + 3 * 4)
+
+
+def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
+    text = PROGRAM.replace("%ten = s32[] constant(10)", "%ten = s32[] get-tuple-element(%state.1)")
+    cost = hlo.read(text, AXES, unknown_trips=2.5)
+    assert cost.collectives["collective-permute", "data"] == hlo.Moved(2.5, 2.5 * 4096)
+    assert cost.unknown_loops == 1
+    noted = text.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}')
+    assert hlo.read(noted, AXES).collectives["collective-permute", "data"].count == 7
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,1},{2,3}}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("{}, to_apply=%add", [[0, 1, 2, 3]]),
+        ("[2,2]<=[4]", [[0, 1], [2, 3]]),
+        ("[2,2]<=[2,2]T(1,0), dimensions={0}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2] {'b'}, dimensions={0}", [[0, 1], [2, 3]]),
+        ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'b'}", [[0, 3], [1, 2]]),
+        ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
+        ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
+    ],
+)
+def test_replica_groups(written: str, groups: list[list[int]]):
+    found = hlo.replica_groups(f", channel_id=1, replica_groups={written}", 4)
+    assert found.tolist() == groups
+
+
+def test_groups_are_named_by_the_axes_along_which_they_differ():
+    assert hlo.axes_of(np.array([[0, 1, 2, 3], [4, 5, 6, 7]]), AXES) == "fsdp"
+    assert hlo.axes_of(np.array([[0, 4], [1, 5]]), AXES) == "data"
+    assert hlo.axes_of(np.arange(8)[None], AXES) == "data+fsdp"
+
+
+def test_roofline_by_hand():
+    chip = Chip(flops=100.0, memory=1.0, bandwidth=10.0, links=4.0, network=1.0)
+    axes = {"slices": 2, "data": 1, "fsdp": 4, "tensor": 1, "sequence": 1}
+    collectives = {
+        ("all-gather", "fsdp"): hlo.Moved(1, 32.0),  # sends 24
+        ("all-reduce", "slices+fsdp"): hlo.Moved(1, 8.0),  # 12 within a slice, 2 between
+    }
+    found = roofline.estimate(
+        chip, flops=500.0, memory_bytes=20.0, collectives=collectives, axes=axes
+    )
+    assert found == roofline.Roofline(compute=5.0, memory=2.0, links=9.0, network=2.0)
+    assert (found.at_best, found.one_by_one, found.limit) == (9.0, 18.0, "links")
+
+
+def test_a_device_has_its_share_of_a_chip():
+    assert roofline.CHIPS["tpu7x"].share(2).flops == 1153.5e12
+    assert roofline.CHIPS["tpu7x"].share(2).memory == 94.75 * GIB
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "next_token": {"remat": "dots"},
+    "late_to_early": {
+        "method_config": LateToEarlyConfig(teacher="preset:late_to_early_tiny_teacher")
+    },
+    "depth_recurrence": {
+        "method_config": DepthRecurrenceConfig(eval_steps=(1, 2)),
+        "num_layers": 3,
+        "recurrence": 4,
+    },
+    "energy": {"method_config": EnergyConfig(replay_size=16, loss_steps="last")},
+    "reinforcement_midtraining": {
+        "method_config": ReinforcementMidtrainingConfig(
+            max_thought=3, budget=3, force_close=True, prompt_length=4, entropy="none.npz"
+        ),
+        "max_length": 96,
+        "init_from": "preset:reinforcement_midtraining_tiny_base",
+    },
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_compiles_without_its_files(
+    tiny: Callable[..., RunConfig], compile_once: None, tmp_path: Path, method: str
+):
+    fields = {"data": 2, "fsdp": 4, "batch_size": 16} | METHODS[method]
+    config = tiny(tmp_path / "run", method=method, **fields)
+    config = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, source="", tokenizer="")
+    )
+    report = compile_only.analyse(config, compile_only.target_of("cpu:8"), evaluation=False)
+    assert not (tmp_path / "run").exists()
+    memory, cost = report.memory, report.cost
+    assert cost is not None
+    gathered = [axes for kind, axes in cost.collectives if kind == "all-gather"]
+    assert "fsdp" in gathered
+    assert memory.peak > memory.held > memory.parameters > 0
+    assert memory.frozen > 0 if method == "late_to_early" else memory.frozen == 0
+    assert report.model_flops > 0
+    assert report.rematerialized == ()
+
+
+def test_memory_by_hand(tiny: Callable[..., RunConfig], compile_once: None, tmp_path: Path):
+    # 16 wide, 2 heads of 8, 32 hidden, 256 tokens: all matrices have a dimension of `embed`.
+    config = tiny(tmp_path, data=2, fsdp=4, batch_size=16)
+    memory = compile_only.analyse(config, compile_only.target_of("cpu:8"), evaluation=False).memory
+    matrices = 2 * 256 * 16 + 4 * 16 * 16 + 3 * 16 * 32
+    norms = 3 * 16
+    assert memory.parameters == 4 * (matrices // 4 + norms)
+    assert 0 <= memory.optimizer - 2 * memory.parameters <= 3 * 4  # and its counters
+    assert (memory.other_state, memory.frozen, memory.limit) == (0, 0, None)
+    assert memory.batch == 16 // 8 * 16 * (4 * 4 + 1)  # four fields of int32 and one of bool
+    assert memory.missing == 0
+
+
+def test_held_bytes_are_those_of_the_shards():
+    mesh = partitioning.make_mesh(data=2, fsdp=4)
+    cut = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    tree = {
+        "w": jax.ShapeDtypeStruct((3, 8), jnp.bfloat16, sharding=cut),
+        "count": jax.ShapeDtypeStruct((), jnp.int32, sharding=partitioning.replicated(mesh)),
+    }
+    assert compile_only.held_bytes(tree) == 3 * 2 * 2 + 4
+
+
+def test_what_does_not_fit_is_refused_with_what_helps(
+    tiny: Callable[..., RunConfig],
+    compile_once: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    small = Chip(flops=1e9, memory=40_000, bandwidth=1e9, links=1e9, network=1e9)
+    devices = topology.devices_of("cpu:8")
+    monkeypatch.setattr(
+        compile_only,
+        "target_of",
+        lambda name, num_slices: compile_only.Target(name, devices, small),
+    )
+    config = tiny(tmp_path, data=8, batch_size=16)
+    with pytest.raises(ValueError, match=r"more than its 0\.00; what helps: .*num_micro") as error:
+        compile_only.run(config, "cpu:8", workdir=str(tmp_path / "out"))
+    assert "--model.remat=dots" in str(error.value)
+    assert "--mesh.data=1 --mesh.fsdp=-1" in str(error.value)
+    printed = capsys.readouterr().out
+    assert "mesh data 8" in printed
+    assert "limited by" in printed
+    written = json.loads((tmp_path / "out" / compile_only.FILE_NAME).read_text())
+    assert written["memory"]["missing"] > 0
+    assert written["cost"]["collectives"][0]["axes"] == ["data"]
+    assert written["roofline"]["limit"] in roofline.Roofline._fields
+
+
+def report_of(**changes: Any) -> compile_report.Report:
+    fields = dict.fromkeys(Memory._fields, GIB) | {"limit": 16 * GIB, "evaluation": 0}
+    memory = Memory(**{name: int(value) for name, value in (fields | changes).items()})
+    return compile_report.Report(
+        topology="v5e:4x4",
+        mesh=AXES,
+        memory=memory,
+        model_flops=1.0,
+        executed_flops=None,
+        cost=None,
+        roofline=None,
+        peak_flops=None,
+        rematerialized=(),
+        seconds=1.0,
+    )
+
+
+def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path: Path):
+    config = tiny(tmp_path, batch_size=64, num_microbatches=2, remat="dots")
+    activations = report_of(temporaries=20 * GIB)
+    assert activations.memory.missing == 9 * GIB
+    assert compile_report.refusal(config, activations).startswith(
+        "the training step needs 25.00 GiB on a device of v5e:4x4, 9.00 more than its 16.00; "
+        "what helps: --train.num_microbatches=4 (fewer rows at once), --model.remat=full "
+    )
+    evaluation = compile_report.refusal(config, report_of(evaluation=17 * GIB))
+    assert "the validation step needs 17.00 GiB" in evaluation
+    assert "a smaller --data.batch_size" in evaluation
+
+
+@pytest.mark.parametrize("name", ["v5p", "v5p:4xx4", ":8", "cpu:0", "cpu:eight"])
+def test_a_topology_has_a_kind_and_a_shape(name: str):
+    with pytest.raises(ValueError, match=r"is not KIND:SHAPE; give a TPU's such as v5p:4x4x4"):
+        topology.devices_of(name)
+
+
+def test_more_cpu_devices_than_jax_was_started_with():
+    with pytest.raises(ValueError, match="cpu:16 needs 16 CPU devices and JAX has started with 8"):
+        topology.devices_of("cpu:16")
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs libtpu, the compiler: pip install .*\[tpu\]"):
+        topology.devices_of("v5p:4x4x4")
+
+
+def test_the_command_says_in_one_line_what_it_cannot_compile_for(python: Callable[..., Any]):
+    found = python("-m", "jaxlib_methods.train", "--compile_only", "--topology=v5p",
+                   "--preset=transformer_tiny")  # fmt: skip
+    assert (found.returncode, found.stdout) == (1, "")
+    assert found.stderr.startswith("error: --topology=v5p is not KIND:SHAPE")
+    assert found.stderr.count("\n") == 1
+
+
+@needs_libtpu
+def test_a_pod_is_compiled_for_without_one(tiny: Callable[..., RunConfig], tmp_path: Path):
+    config = tiny(tmp_path, data=2, dcn_data=2, fsdp=4, batch_size=16)
+    report = compile_only.analyse(config, compile_only.target_of("v5e:2x2", num_slices=2))
+    assert report.num_devices == 8
+    assert report.cost is not None
+    assert ("all-reduce", "slices") in report.cost.collectives
+    assert report.cost.unknown_loops == 0
+    assert report.roofline is not None
+    assert 0 < report.memory.peak < report.memory.evaluation + report.memory.peak < 2 * GIB
+
+
+@needs_libtpu
+def test_an_unknown_pod_is_refused():
+    with pytest.raises(ValueError, match="v5e:3x5 is unknown to libtpu"):
+        topology.devices_of("v5e:3x5")
