@@ -205,9 +205,31 @@ def check_same_architecture(
 
 
 def restore_run(workdir: epath.PathLike, abstract: TrainState, config: RunConfig) -> TrainState:
-    """The newest state of another run, to go on from in this one's workdir."""
+    """The newest state of another run, to go on from here. Raises ValueError like `load`."""
     with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
         return _load_state(checkpointer, abstract, config)
+
+
+def load(
+    checkpointer: ocp.training.Checkpointer, step: int | None, abstract: dict[str, Any]
+) -> dict[str, Any]:
+    """The checkpointables of a step (None: the newest), placed as `abstract` says.
+
+    Raises ValueError where a file of it is missing or damaged; nothing is changed on disk.
+    """
+    steps = sorted(int(saved.step) for saved in checkpointer.checkpoints)
+    step = steps[-1] if step is None else step
+    _hide_tracebacks()
+    try:
+        return checkpointer.load_checkpointables(step, abstract)
+    except Exception as error:  # Orbax and tensorstore raise many kinds
+        cause = error.__cause__ or error.__context__ or error
+        before = [known for known in steps if known < step]
+        then = f"step {before[-1]}, the newest before it" if before else "the start"
+        raise ValueError(
+            f"the checkpoint {checkpointer.directory}/{step} cannot be read: "
+            f"{' '.join(str(cause).split())[:300]}; move that folder elsewhere to go on from {then}"
+        ) from error
 
 
 class Checkpoints:
@@ -216,7 +238,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, *, keep: int, record: Record) -> None:
         self._folder = checkpoints_folder(workdir)
         self._record = record
-        logging.getLogger("absl").addFilter(_not_a_traceback)  # Orbax logs them many times over
+        _hide_tracebacks()
         with self._one_error():
             self._checkpointer = ocp.training.Checkpointer(
                 self._folder,
@@ -246,7 +268,10 @@ class Checkpoints:
             )
 
     def restore(self, abstract: TrainState) -> TrainState:
-        """The newest state, placed as `abstract` says, whatever mesh it was saved from."""
+        """The newest state, placed as `abstract` says, whatever mesh it was saved from.
+
+        Raises ValueError like `load`.
+        """
         return _load_state(self._checkpointer, abstract, self._record.config)
 
     def wait(self) -> None:
@@ -258,11 +283,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        try:
-            with self._one_error():
-                self._checkpointer.close()
-        finally:
-            logging.getLogger("absl").removeFilter(_not_a_traceback)
+        with self._one_error():
+            self._checkpointer.close()
 
     @contextlib.contextmanager
     def _one_error(self) -> Iterator[None]:
@@ -274,6 +296,11 @@ class Checkpoints:
                 f"a checkpoint could not be written to {self._folder}: {error}; those that were "
                 "there before are kept, the same command goes on from the newest"
             ) from error
+
+
+def _hide_tracebacks() -> None:
+    """Orbax logs the errors that it raises, many times over."""
+    logging.getLogger("absl").addFilter(_not_a_traceback)
 
 
 def _not_a_traceback(record: logging.LogRecord) -> bool:
@@ -305,7 +332,7 @@ def _load_state(
     checkpointer: ocp.training.Checkpointer, abstract: TrainState, config: RunConfig
 ) -> TrainState:
     params, optimizer = _items(abstract, config)
-    loaded = checkpointer.load_checkpointables(None, {"params": params, "optimizer": optimizer})
+    loaded = load(checkpointer, None, {"params": params, "optimizer": optimizer})
     optimizer = loaded["optimizer"]
     params = {**loaded["params"], **optimizer["method_params"]}
     return TrainState(
@@ -360,7 +387,7 @@ def _load_run(
     assert mesh is not None
     with ocp.training.Checkpointer(checkpoints_folder(folder)) as checkpointer:
         abstract = abstract_run_params(record.config, mesh)
-        params = checkpointer.load_checkpointables(None, {"params": abstract})["params"]
+        params = load(checkpointer, None, {"params": abstract})["params"]
     return Pretrained(record.config.model, _cast(params, dtype), record.tokenizer)
 
 

@@ -134,6 +134,8 @@ class TrainConfig:
 
     on_failure: what follows where a method sees its training go wrong: `warn` says so and goes on,
         `stop` saves and ends the run. In metrics.jsonl it is a 1 in either case.
+    stall_factor: a step that takes this many times the median of those before it, and more than a
+        minute, prints where every thread stands; 0 does not watch.
     """
 
     num_steps: int = 300
@@ -145,13 +147,14 @@ class TrainConfig:
     profile_steps: int = 0  # 0 does not profile; the trace goes to WORKDIR/profile
     tensorboard: bool = False  # needs the `tensorboard` extra
     on_failure: Literal["warn", "stop"] = "warn"
+    stall_factor: float = 10.0
 
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("num_steps", "num_microbatches", "log_every", "eval_every", "eval_batches"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}={value} must be at least 1")
-        for name in ("profile_start", "profile_steps"):
+        for name in ("profile_start", "profile_steps", "stall_factor"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}={value} must not be negative")
 
@@ -267,15 +270,15 @@ def from_dict(values: dict[str, Any]) -> RunConfig:
 def require_complete(config: RunConfig) -> None:
     """Raises ValueError naming the text fields that the run needs and that are empty.
 
-    Fields that may be left out are `str | None`; an empty `str` is a value still to be given.
+    An empty text is a value still to be given; fields that may be left out are None.
     """
     parts = {name: getattr(config, name) for name in sections()}
     parts[config.method] = config.method_config
     empty = [
-        f"--{section}.{name}"
+        f"--{section}.{field.name}"
         for section, part in parts.items()
-        for name, hint in get_type_hints(type(part)).items()
-        if hint is str and not getattr(part, name)
+        for field in dataclasses.fields(part)
+        if getattr(part, field.name) == ""
     ]
     _require(not empty, f"this run still needs a value for {', '.join(empty)}")
 

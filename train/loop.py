@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlib_methods.method import Method
 from jaxlib_methods.models import partitioning
-from jaxlib_methods.train import checkpoint, data, distributed, metrics, report
+from jaxlib_methods.train import checkpoint, data, distributed, lock, metrics, report
 from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train import step as train_step
 from jaxlib_methods.train.checkpoint import Checkpoints
@@ -29,6 +29,7 @@ from jaxlib_methods.train.prepare import (
     train_step_of,
 )
 from jaxlib_methods.train.state import TrainState
+from jaxlib_methods.train.watch import Stopwatch, Watchdog
 
 
 def run(config: RunConfig) -> None:
@@ -52,7 +53,8 @@ def run(config: RunConfig) -> None:
     for part in prepared.values():
         _place(part)  # where one does not fit the mesh, none has been announced or written yet
     runs = report.Runs()
-    with distributed.stop_signal() as stop:
+    alone = lock.hold(config.workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone, distributed.stop_signal() as stop:
         for name, part in prepared.items():
             kind = part.config.preset or part.config.method
             _say(f"training the {name} ({kind}) in {part.config.workdir}")
@@ -155,6 +157,7 @@ class _Loop:
         self._profiling = False
         self._warnings: set[str] = set()
         self._failure: str | None = None
+        self._watchdog = Watchdog(config.train.stall_factor)
         self._throughput = metrics.Throughput(
             tokens_per_step=config.data.batch_size * prepared.dataset.sequence_length,
             flops_per_token=self._method.flops_per_token,
@@ -164,6 +167,8 @@ class _Loop:
     def run(self, state: TrainState, started: float) -> None:
         """Trains from `state` on. Raises SystemExit where it was told to stop, or stops itself."""
         config, step = self._config, int(state.step)
+        process_0 = jax.process_index() == 0
+        done_before = report.seconds_so_far(config.workdir) if process_0 else 0.0
         placed = {"mesh": self._mesh, "spec": partitioning.batch_spec()}
         size = config.data.batch_size
         self._held_out = data.validation_batches(
@@ -188,10 +193,14 @@ class _Loop:
                     **placed,
                 )
             ) as batches,
+            self._watchdog,
         ):
             self._started, self._first_step = started, step
-            before = report.seconds_so_far(config.workdir) if jax.process_index() == 0 else 0.0
-            self._begun = time.perf_counter() - before
+            kept = report.seconds_so_far(config.workdir) if process_0 else 0.0
+            self._begun = time.perf_counter() - kept
+            self._watch = Stopwatch(started)
+            self._watch.add("start", time.perf_counter() - started)
+            self._lost_secs = done_before - kept  # of steps that are done again
             self._enter_phase(step)
             try:
                 self._steps(state, batches)
@@ -209,7 +218,8 @@ class _Loop:
         self._eval_step = train_step.make_eval_step(self._method)
         self._throughput.read()  # what is left was another program's
         self._throughput.flops_per_token = self._method.flops_per_token
-        self._throughput.pause()
+        self._compiled = False
+        self._pause()
 
     def _steps(self, state: TrainState, batches: Iterator[Any]) -> None:
         train, every = self._config.train, self._config.checkpoint.every
@@ -218,13 +228,18 @@ class _Loop:
                 self._drain(step)
                 self._enter_phase(step)
             self._profile(step, state)
-            state, step_metrics = self._train_step(state, self._extra, next(batches), self._key)
+            with self._watch("input"):
+                batch = next(batches)
+            with contextlib.nullcontext() if self._compiled else self._watch("compile"):
+                state, step_metrics = self._train_step(state, self._extra, batch, self._key)
+            self._compiled = True
             done = step + 1
             self._pending.add(done, step_metrics)
             if done == self._first_step + 1:
                 self._announce(state)
             else:
                 self._throughput.step_done()
+                self._watchdog.step_done()
                 self._log(done - 1)
             last = done == train.num_steps
             stopping = self._stop()
@@ -235,13 +250,16 @@ class _Loop:
             if last or stopping or failure or (every and done % every == 0):
                 self._drain(done)
                 self._writer.flush()
-                self._checkpoints.save(state)
-                self._throughput.pause()
+                with self._watch("checkpoint"):
+                    self._checkpoints.save(state)
+                self._pause()
+            if last or stopping or failure:
+                with self._watch("checkpoint"):
+                    self._checkpoints.wait()
+                self._writer.write(done, self._watch.read() | {"time/lost_secs": self._lost_secs})
             if stopping or failure:
-                self._checkpoints.wait()
                 self._end(done, failure)
         self._profile(train.num_steps, state)
-        self._checkpoints.wait()
 
     def _end(self, step: int, failure: str | None) -> NoReturn:
         """Says why the run has ended, which is saved."""
@@ -254,7 +272,12 @@ class _Loop:
     def _announce(self, state: TrainState) -> None:
         jax.block_until_ready(state.step)
         _say(f"first step done {time.perf_counter() - self._started:.1f} s after the start")
+        self._pause()
+
+    def _pause(self) -> None:
+        """What follows is no step: neither its rate nor its length counts."""
         self._throughput.pause()
+        self._watchdog.pause()
 
     def _log(self, step: int) -> None:
         """Writes the metrics up to `step`, whose successor is being computed."""
@@ -287,13 +310,14 @@ class _Loop:
         """Waits for step `step`, so that nothing later is done with numbers that are not finite."""
         self._pending.drain()
         self._log(step)
-        self._throughput.pause()
+        self._pause()
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         total = metrics.Accumulator("validation")
-        for batch in self._held_out:
-            total.add(step, self._eval_step(state, self._extra, batch, self._key))
-        total.drain()
+        with self._watch("evaluation"):
+            for batch in self._held_out:
+                total.add(step, self._eval_step(state, self._extra, batch, self._key))
+            total.drain()
         values = total.read()
         self._writer.write(step, values | self._elapsed() | self._judge(step, values))
 

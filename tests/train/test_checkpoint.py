@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import jax
@@ -197,6 +198,52 @@ def test_a_half_written_checkpoint_does_not_count(tmp_path):
     assert not checkpoint.has_checkpoint(tmp_path)
     with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
         assert checkpoints.latest_step is None
+
+
+def damage(path, data, how):
+    if how == "missing":
+        path.unlink()
+    elif how == "cut":
+        path.write_bytes(data[: len(data) // 2])
+    else:
+        middle = len(data) // 2
+        flipped = bytes(byte ^ 255 for byte in data[middle : middle + 4])
+        path.write_bytes(data[:middle] + flipped + data[middle + 4 :])
+
+
+@pytest.mark.filterwarnings("ignore:coroutine.*was never awaited")  # Orbax's, behind its error
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_damaged_checkpoint_is_named_or_read_as_it_was(tmp_path):
+    """Every file of a checkpoint, missing, cut short or with four bytes flipped."""
+    abstract = save(tmp_path, 3, 4)
+    newest = tmp_path / "checkpoints" / "4"
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file()]
+    refusal = (
+        r"the checkpoint \S+/checkpoints/4 cannot be read: .+; move that folder elsewhere to go on "
+        "from step 3, the newest before it"
+    )
+    refused = set()
+    for path in files:
+        if "optimizer" in path.parts:  # written and read as `params` is
+            continue
+        whole = path.read_bytes()
+        for how in ("missing", "cut", "flipped"):
+            damage(path, whole, how)
+            message = None
+            with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+                try:
+                    assert_same(checkpoints.restore(abstract), numbered(abstract, step=4))
+                except ValueError as error:
+                    message = str(error)
+            if message is not None:
+                assert re.fullmatch(refusal, message)
+                refused.add((path.name, how))
+        path.write_bytes(whole)
+    for how in ("missing", "cut", "flipped"):
+        assert {("manifest.ocdbt", how), ("_METADATA", how)} <= refused
+    newest.rename(tmp_path / "elsewhere")
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        assert_same(checkpoints.restore(abstract), numbered(abstract, step=3))
 
 
 def test_a_save_that_fails_is_one_oserror(tmp_path, monkeypatch):

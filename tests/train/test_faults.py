@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -273,6 +274,43 @@ def test_sigterm_saves_and_exits_0(trainer: Trainer, finished: Path, tmp_path: P
     (saved,) = (tmp_path / "checkpoints").iterdir()
     said = trainer.said().splitlines()[-1]
     assert said == f"stopped by a signal at step {saved.name}, saved; the same command goes on"
+
+
+def test_a_second_run_in_a_workdir_is_refused(
+    trainer: Trainer, finished: Path, tmp_path: Path
+) -> None:
+    base = (f"--flagfile={finished.parent / 'tiny.flags'}", f"--workdir={tmp_path}")
+    first = trainer.start(*base, "--train.num_steps=1000000", "--train.log_every=1000")
+    trainer.until(lambda: "first step done" in trainer.said())
+    code, error = trainer.run(*base)
+    assert (code, error.count("\n")) == (1, 1)
+    assert error.startswith(f"error: {tmp_path} is in use by process {first} on ")
+    os.kill(first, signal.SIGTERM)
+    assert trainer.wait(first) == 0
+
+
+def test_a_damaged_checkpoint_is_one_line_and_can_be_moved_away(
+    trainer: Trainer, finished: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    manifest = run / "checkpoints" / "2" / "params" / "manifest.ocdbt"
+    manifest.write_bytes(manifest.read_bytes()[:50])
+    before = contents(run)
+    arguments = (
+        f"--flagfile={finished.parent / 'tiny.flags'}", f"--workdir={run}", "--train.num_steps=4",
+    )  # fmt: skip
+    code, error = trainer.run(*arguments)
+    assert code == 1
+    assert "Traceback" not in error
+    (line,) = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert line.startswith(f"error: the checkpoint {run}/checkpoints/2 cannot be read: ")
+    assert line.endswith("move that folder elsewhere to go on from the start")
+    assert contents(run) == before | {".lock": (run / ".lock").read_bytes()}
+    (run / "checkpoints" / "2").rename(tmp_path / "2")
+    code, error = trainer.run(*arguments)
+    assert code == 0, error
+    assert (run / "checkpoints" / "4").exists()
 
 
 def test_killed_twenty_times_it_goes_on_to_the_same_end(

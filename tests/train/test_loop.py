@@ -1,11 +1,14 @@
 """Whole tiny runs in this process: resuming, precedence, stopping, phases, what is left behind."""
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
+import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import jax
@@ -18,7 +21,7 @@ from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import huggingface
 from jaxlib_methods.models.partitioning import make_mesh
-from jaxlib_methods.train import checkpoint, loop, metrics, prepare, presets
+from jaxlib_methods.train import checkpoint, lock, loop, metrics, prepare, presets, report
 from jaxlib_methods.train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
@@ -236,6 +239,52 @@ def test_sigterm_saves_and_exits_0(tiny, tmp_path, monkeypatch, capfd):
     assert latest(tmp_path) == 3
     assert "stopped by a signal at step 3, saved" in capfd.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def times(workdir):
+    """The lines that say where the time went, one for each start."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "time/total_secs" in line]
+
+
+def test_where_the_time_went_is_written_by_each_start(tiny, tmp_path, monkeypatch):
+    def wait(self):
+        time.sleep(0.25)
+
+    monkeypatch.setattr(checkpoint.Checkpoints, "wait", wait)
+    started = time.perf_counter()
+    for stop_after in (3, None):
+        prepared = loop.prepare(tiny(tmp_path, every=0))
+        stop = StopAfter(stop_after) if stop_after else threading.Event()
+        with contextlib.suppress(SystemExit):
+            loop.train(prepared, stop=stop, started=time.perf_counter())
+    assert [line["step"] for line in times(tmp_path)] == [3, 8]
+    for line in times(tmp_path):
+        parts = ("start", "compile", "input", "evaluation", "checkpoint", "steps")
+        secs = {part: line.get(f"time/{part}_secs", 0.0) for part in parts}
+        assert min(secs.values()) >= 0
+        assert sum(secs.values()) == pytest.approx(line["time/total_secs"])
+        assert line["time/total_secs"] < time.perf_counter() - started
+        assert line["time/goodput"] == pytest.approx(secs["steps"] / line["time/total_secs"])
+        assert secs["checkpoint"] >= 0.25
+        assert min(secs["start"], secs["compile"], secs["input"]) > 0
+    assert "time/evaluation_secs" in times(tmp_path)[1]
+
+
+def test_steps_that_are_done_again_are_lost_time(tiny, tmp_path, read_metrics):
+    start(tiny(tmp_path, every=2), stop_after=4)
+    recorded = report.seconds_so_far(tmp_path)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")  # as if the process had died before it
+    start(tiny(tmp_path, every=2))
+    assert len(times(tmp_path)) == 1  # the line of the first start went with its last steps
+    assert 0 < times(tmp_path)[0]["time/lost_secs"] < recorded
+    assert steps_with(read_metrics(tmp_path), "train/loss") == list(range(1, 9))
+
+
+def test_one_workdir_has_one_run(tiny, tmp_path):
+    with lock.hold(tmp_path), pytest.raises(ValueError, match=f"{tmp_path} is in use by process"):
+        loop.run(tiny(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == [lock.FILE_NAME]
 
 
 def test_a_value_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):

@@ -1,0 +1,103 @@
+"""Seconds of a run's parts, and steps that take too long; on a clock that the tests set."""
+
+import contextlib
+import threading
+import time
+
+from jaxlib_methods.train.watch import Stopwatch, Watchdog
+
+
+class Clock:
+    """A clock that goes forward when it is told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_parts_and_steps_make_up_the_whole():
+    clock = Clock()
+    watch = Stopwatch(90.0, clock=clock)
+    watch.add("start", 10.0)
+    for secs in (1.0, 3.0):
+        with watch("evaluation"):
+            clock.now += secs
+        clock.now += 8.0
+    with contextlib.suppress(OSError), watch("checkpoint"):
+        clock.now += 2.0
+        raise OSError
+    assert watch.read() == {
+        "time/start_secs": 10.0,
+        "time/evaluation_secs": 4.0,
+        "time/checkpoint_secs": 2.0,
+        "time/steps_secs": 16.0,
+        "time/total_secs": 32.0,
+        "time/goodput": 0.5,
+    }
+
+
+def steps(dog, clock, *secs):
+    dog.step_done()
+    for each in secs:
+        clock.now += each
+        dog.step_done()
+
+
+def test_a_step_is_compared_with_the_median_once(capfd):
+    clock = Clock()
+    dog = Watchdog(10.0, clock=clock)
+    assert not dog.check()  # nothing is known yet
+    steps(dog, clock, 20.0, 8.0, 9.0)  # median 9
+    clock.now += 90.0
+    assert not dog.check()
+    clock.now += 0.1
+    assert dog.check()
+    said = capfd.readouterr().err
+    assert "process 0: a step has taken 90 s, the last ones took 9.00 s" in said
+    assert "test_a_step_is_compared_with_the_median_once" in said  # where this thread stands
+    clock.now += 100.0
+    assert not dog.check()
+    dog.step_done()  # the next step is watched again, and the long one has not moved the median
+    clock.now += 91.0
+    assert dog.check()
+
+
+def test_short_steps_have_a_minute():
+    clock = Clock()
+    dog = Watchdog(10.0, clock=clock)
+    steps(dog, clock, 0.1, 0.1)
+    clock.now += 60.0
+    assert not dog.check()
+    clock.now += 0.1
+    assert dog.check()
+
+
+def test_a_pause_is_no_step():
+    clock = Clock()
+    dog = Watchdog(10.0, clock=clock)
+    steps(dog, clock, 1.0)
+    dog.pause()
+    clock.now += 1000.0
+    assert not dog.check()
+
+
+def test_a_thread_looks_and_ends_with_the_run(monkeypatch, capfd):
+    monkeypatch.setattr("jaxlib_methods.train.watch._CHECK_SECS", 0.01)
+    clock = Clock()
+    with Watchdog(2.0, clock=clock) as dog:
+        steps(dog, clock, 1.0)
+        clock.now += 61.0
+        deadline = time.monotonic() + 60
+        said = ""
+        while "a step has taken 61 s" not in said:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            said += capfd.readouterr().err
+    assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+
+
+def test_zero_does_not_watch():
+    with Watchdog(0.0):
+        assert not [thread for thread in threading.enumerate() if thread.name == "watchdog"]

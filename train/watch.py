@@ -1,0 +1,111 @@
+"""Where the time of a run goes: seconds of each part, and steps that take far too long."""
+
+import contextlib
+import faulthandler
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from statistics import median
+from typing import Self
+
+import jax
+
+LEAST_SECS = 60.0  # nothing shorter is too long for a step
+_KEPT_STEPS = 100
+_CHECK_SECS = 1.0
+
+
+class Stopwatch:
+    """Seconds of the parts of a run's start-to-end, the rest of which are its steps.
+
+        watch = Stopwatch(started)
+        with watch("evaluation"):
+            ...
+        watch.read()  # {"time/evaluation_secs": 3.1, "time/step_secs": 60.2, ...}
+
+    started: `time.perf_counter()` where the run began.
+    """
+
+    def __init__(self, started: float, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock, self._started = clock, started
+        self._secs: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Counts what happens inside to a part; parts do not contain each other."""
+        begin = self._clock()
+        try:
+            yield
+        finally:
+            self.add(part, self._clock() - begin)
+
+    def add(self, part: str, secs: float) -> None:
+        """Counts seconds to a part."""
+        self._secs[part] = self._secs.get(part, 0.0) + secs
+
+    def read(self) -> dict[str, float]:
+        """`time/PART_secs`, the steps' and all of them, and `time/goodput`, the steps' share."""
+        total = self._clock() - self._started
+        parts = {**self._secs, "steps": total - sum(self._secs.values()), "total": total}
+        named = {f"time/{part}_secs": secs for part, secs in parts.items()}
+        return named | {"time/goodput": parts["steps"] / total}
+
+
+class Watchdog:
+    """Prints where every thread stands when a step takes far longer than the ones before it.
+
+    It ends nothing: who waits for a lost process, or a slow disk, is seen in the log. factor: of
+    the median of the last 100 steps, at least a minute; 0 does not watch.
+    """
+
+    def __init__(self, factor: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._factor, self._clock = factor, clock
+        self._secs: deque[float] = deque(maxlen=_KEPT_STEPS)
+        self._last: float | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def step_done(self) -> None:
+        """Marks the end of a step."""
+        now = self._clock()
+        if self._last is not None:
+            self._secs.append(now - self._last)
+        self._last = now
+
+    def pause(self) -> None:
+        """Leaves out what follows, up to the next `step_done`."""
+        self._last = None
+
+    def check(self) -> bool:
+        """Whether the step under way takes too long; says so once a step."""
+        last = self._last
+        if last is None or not self._secs:
+            return False
+        secs, usual = self._clock() - last, median(self._secs)
+        if secs <= max(LEAST_SECS, self._factor * usual):
+            return False
+        self._last = None
+        print(
+            f"process {jax.process_index()}: a step has taken {secs:.0f} s, the last ones took "
+            f"{usual:.2f} s; where its threads stand:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(sys.stderr)
+        return True
+
+    def _watch(self) -> None:
+        while not self._closed.wait(_CHECK_SECS):
+            self.check()
+
+    def __enter__(self) -> Self:
+        if self._factor:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._closed.set()
+        if self._factor:
+            self._thread.join()
