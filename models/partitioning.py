@@ -95,11 +95,14 @@ def make_mesh(
                 f"dcn_data={dcn_data} does not fit devices in {slices} slices; give {slices}"
             )
         inner = (shape[0] // dcn_data, *shape[1:])
-        grid = mesh_utils.create_hybrid_device_mesh(inner, (dcn_data, 1, 1, 1), devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inner, (dcn_data, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
     elif devices[0].platform == "cpu":
         grid = np.array(devices).reshape(shape)
     else:
-        grid = mesh_utils.create_device_mesh(shape, devices)
+        # Axes of a torus are split where a mesh cannot do without: 8 x 2 on 4 x 4 chips.
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 

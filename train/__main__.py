@@ -27,10 +27,13 @@ def main(argv: list[str]) -> None:
             print(flags.to_flagfile(config), end="")
             return
         if FLAGS.compile_only:
-            from jaxlib_methods.train import compile_only
+            from jaxlib_methods.train import compile_only, compile_search
 
-            workdir = config.workdir if FLAGS["workdir"].present else None
-            compile_only.run(config, FLAGS.topology, workdir=workdir)
+            if FLAGS.search:
+                compile_search.run(config, FLAGS.topology, most=FLAGS.search)
+            else:
+                workdir = config.workdir if FLAGS["workdir"].present else None
+                compile_only.run(config, FLAGS.topology, workdir=workdir)
             return
         require_complete(config)
         from jaxlib_methods.train import loop  # heavy: wrong flags fail before it is imported

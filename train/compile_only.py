@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from jaxlib_methods import flops
 from jaxlib_methods.models import partitioning, recurrent_training
+from jaxlib_methods.pallas_kernels import dispatch
 from jaxlib_methods.train import compile_report, hlo, topology
 from jaxlib_methods.train.abstract import Program, program_of
 from jaxlib_methods.train.compile_report import Memory, Report
@@ -66,7 +67,7 @@ def analyse(config: RunConfig, target: Target, *, evaluation: bool = True) -> Re
     mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices)
     program = program_of(config, mesh)
     tokens, platform = config.data.batch_size * program.length, target.devices[0].platform
-    with jax.set_mesh(mesh), _captured_log() as log:
+    with jax.set_mesh(mesh), dispatch.lowering_for(platform), _captured_log() as log:
         executed = _executed_flops(program)
         compiled, needed = _compile(program.step, program.arguments, platform)
         evaluated = 0

@@ -57,9 +57,12 @@ def define(values: flags.FlagValues = flags.FLAGS) -> None:
         ("compile_only", "Compile the run for --topology, print what it needs, and exit."),
     ):
         flags.DEFINE_flag(flags.BooleanFlag(name, False, text), values, module_name=sys.argv[0])
-    text = "Devices to compile for with --compile_only: v5p:4x4x4, v5e:16x16, cpu:8."
-    topology = flags.Flag(flags.ArgumentParser(), None, "topology", "cpu:8", text)
-    flags.DEFINE_flag(topology, values, module_name=sys.argv[0])
+    for name, kind, default, text in (
+        ("topology", str, "cpu:8", "Devices to compile for: v5p:4x4x4, v5e:16x16, cpu:8."),
+        ("search", int, "0", "With --compile_only: compile up to so many variants of the run."),
+    ):
+        flag = flags.Flag(Parser(kind), None, name, default, text)
+        flags.DEFINE_flag(flag, values, module_name=sys.argv[0])
 
 
 def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:

@@ -18,7 +18,14 @@ from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
-from jaxlib_methods.train import compile_only, compile_report, hlo, roofline, topology
+from jaxlib_methods.train import (
+    compile_only,
+    compile_report,
+    compile_search,
+    hlo,
+    roofline,
+    topology,
+)
 from jaxlib_methods.train.compile_report import Memory
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.roofline import GIB, Chip
@@ -328,6 +335,66 @@ def test_the_command_says_in_one_line_what_it_cannot_compile_for(python: Callabl
     assert found.stderr.count("\n") == 1
 
 
+def pretended(config: RunConfig, target: Any, *, evaluation: bool) -> compile_report.Report:
+    """2 GiB a row with everything kept, recomputation in seconds; a part of tensor costs most."""
+    mesh = AXES | {"fsdp": config.mesh.fsdp, "tensor": config.mesh.tensor}
+    if config.mesh.tensor > 2:
+        raise ValueError("heads")
+    keeps, again = {"none": (4, 1.0), "dots": (2, 1.1), "full": (1, 1.3)}[config.model.remat]
+    parts = config.train.num_microbatches
+    report = report_of(temporaries=keeps * 16 * GIB / parts)
+    seconds = again + 0.01 * parts + config.mesh.tensor
+    terms = roofline.Roofline(seconds, 0.0, 0.0, 0.0)
+    return report._replace(mesh=mesh, roofline=None if report.memory.missing else terms)
+
+
+def test_search_prints_what_nothing_beats(
+    tiny: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    target = compile_only.Target("v5e:4x2", [None] * 8, roofline.CHIPS["v5e"])
+    monkeypatch.setattr(compile_search, "target_of", lambda name, num_slices: target)
+    monkeypatch.setattr(compile_search, "analyse", pretended)
+    config = tiny(tmp_path, data=2, fsdp=4, batch_size=64, num_microbatches=2)
+    compile_search.run(config, "v5e:4x2", most=20)
+    printed = capsys.readouterr()
+    # Of 16 GiB 5 are taken. With 4 parts all but `none` fit, with 2 `full` does; with 1, where
+    # `full` does not, `dots` and `none` are not tried, nor is `none` with 2 where `dots` fails.
+    first = [line.split(":")[0] for line in printed.err.splitlines()]
+    assert [line.split()[1:3] for line in first[:5]] == [
+        ["--model.remat=full", "--train.num_microbatches=4"],
+        ["--model.remat=dots", "--train.num_microbatches=4"],
+        ["--model.remat=none", "--train.num_microbatches=4"],
+        ["--model.remat=full", "--train.num_microbatches=2"],
+        ["--model.remat=dots", "--train.num_microbatches=2"],
+    ]
+    assert [line.split()[1:3] for line in first[5:]] == [
+        ["--model.remat=full", "--train.num_microbatches=1"],
+        ["--model.remat=dots", "--train.num_microbatches=4"],  # the fastest, on two meshes
+        ["--model.remat=dots", "--train.num_microbatches=4"],
+    ]
+    assert "--mesh.data=2 --mesh.fsdp=2 --mesh.tensor=2" in first[-2]
+    assert [line.split()[0] for line in printed.out.splitlines()[1:]] == ["13.00", "9.00"]
+
+
+def test_search_is_bounded_and_needs_the_rates_of_a_chip(
+    tiny: Callable[..., RunConfig],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    config = tiny(tmp_path, data=2, fsdp=4, batch_size=64, num_microbatches=2)
+    with pytest.raises(ValueError, match="none are known of cpu:8; give a TPU's topology"):
+        compile_search.run(config, "cpu:8", most=3)
+    target = compile_only.Target("v5e:4x2", [None] * 8, roofline.CHIPS["v5e"])
+    monkeypatch.setattr(compile_search, "target_of", lambda name, num_slices: target)
+    monkeypatch.setattr(compile_search, "analyse", pretended)
+    compile_search.run(config, "v5e:4x2", most=2)
+    assert capsys.readouterr().err.count("\n") == 2
+
+
 @needs_libtpu
 def test_a_pod_is_compiled_for_without_one(tiny: Callable[..., RunConfig], tmp_path: Path):
     config = tiny(tmp_path, data=2, dcn_data=2, fsdp=4, batch_size=16)
@@ -344,3 +411,10 @@ def test_a_pod_is_compiled_for_without_one(tiny: Callable[..., RunConfig], tmp_p
 def test_an_unknown_pod_is_refused():
     with pytest.raises(ValueError, match="v5e:3x5 is unknown to libtpu"):
         topology.devices_of("v5e:3x5")
+
+
+@needs_libtpu
+def test_a_mesh_may_split_an_axis_of_the_torus():
+    devices = topology.devices_of("v5e:4x4")
+    mesh = partitioning.make_mesh(data=2, fsdp=4, tensor=2, devices=devices)
+    assert sorted(device.id for device in mesh.devices.flat) == list(range(16))
