@@ -17,6 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 PORT = 8476
 TIMEOUT_SECS = 3600  # a host may tokenise its corpus first
 HOSTS = "JAXLIB_METHODS_HOSTS"  # plain ssh: the same comma-separated list on every host
+HEARTBEAT = "JAXLIB_METHODS_HEARTBEAT_SECS"
+HEARTBEAT_SECS = 100  # a process that is silent for so long is dead, and ends the others
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
@@ -25,13 +27,22 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     In this order: an address given (JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID);
     a list of hosts (JAXLIB_METHODS_HOSTS=host0,host1, the first one coordinates); Slurm with more
     than one task; a machine with TPUs. The last two are found out by JAX itself.
+    A process that dies ends the others, with its number in their logs, as soon as it has been
+    silent for JAXLIB_METHODS_HEARTBEAT_SECS, 100 by default.
     Raises ValueError where the variables contradict each other.
     """
+    silence = environment.get(HEARTBEAT, str(HEARTBEAT_SECS))
+    if not silence.isdigit() or int(silence) < 1:
+        raise ValueError(f"{HEARTBEAT}={silence} must be a number of seconds, at least 1")
     arguments = process_arguments(
         environment, hostname=socket.gethostname(), has_tpu=_has_tpu(environment)
     )
     if arguments is not None and not jax.distributed.is_initialized():
-        jax.distributed.initialize(**arguments, initialization_timeout=TIMEOUT_SECS)
+        jax.distributed.initialize(
+            **arguments,
+            initialization_timeout=TIMEOUT_SECS,
+            heartbeat_timeout_seconds=int(silence),
+        )
 
 
 def _has_tpu(environment: Mapping[str, str]) -> bool:

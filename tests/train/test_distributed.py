@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from jaxlib_methods.models import partitioning
-from jaxlib_methods.train import flags
+from jaxlib_methods.train import distributed, flags
 from jaxlib_methods.train.distributed import StopVote, process_arguments, stop_signal
 
 ADDRESS = {
@@ -57,6 +57,12 @@ REFUSED = [
 def test_contradictions_are_refused(environment, message):
     with pytest.raises(ValueError, match=message):
         process_arguments(environment, hostname="host1.cluster")
+
+
+@pytest.mark.parametrize("secs", ["0", "soon", "-3"])
+def test_a_heartbeat_is_seconds(secs):
+    with pytest.raises(ValueError, match=f"_HEARTBEAT_SECS={secs} must be a number of seconds"):
+        distributed.initialize({"JAXLIB_METHODS_HEARTBEAT_SECS": secs})
 
 
 def test_the_signal_sets_an_event_and_is_given_back():
@@ -135,6 +141,7 @@ class Processes:
                     "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                     "JAX_NUM_PROCESSES": str(count),
                     "JAX_PROCESS_ID": str(index),
+                    "JAXLIB_METHODS_HEARTBEAT_SECS": "10",
                 }
             command = [sys.executable, "-m", "jaxlib_methods.train"]
             with (self.folder / f"stderr{index}").open("w") as stderr:
@@ -219,12 +226,13 @@ def test_two_processes_are_stopped_then_killed_then_go_on_as_one(processes, tmp_
     stopped = newest()
     assert f"stopped by a signal at step {stopped}, saved" in processes.said(0)
     assert processes.said(1).count("step ") == 0  # process 0 alone speaks
-    # kill -9 to both, in the middle.
+    # kill -9 to one of them, in the middle: the other does not wait for it for ever.
     pair = processes.start(2)
     processes.until(lambda: newest() > stopped + 3, pair)
-    for process in pair:
-        process.kill()
-        process.wait()
+    pair[1].kill()
+    assert [process.wait(60) for process in pair] == [-signal.SIGABRT, -signal.SIGKILL]
+    assert "another task died" in processes.said(0)
+    assert "(stopped sending heartbeats):\n1\n" in processes.said(0)
     killed = newest()
     assert f"continuing from step {stopped}" in processes.said(0)
     before = {line["step"]: line for line in read_metrics(tmp_path / "run")}
