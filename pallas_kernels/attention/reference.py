@@ -1,8 +1,7 @@
-"""Softmax attention over packed documents.
+"""Attention with its scores in one array, and in tiles of queries: plain JAX, any derivative.
 
-`attention_reference` is the specification and what every platform runs. `tiled_attention` is
-the same, and the pattern of energy-based transformers, in tiles of queries: memory linear in the
-length, under derivatives of any order.
+`attention_reference` is the specification. `tiled_attention` is the same, and the pattern of
+energy-based transformers, with memory linear in the length.
 """
 
 # Dimension key: B batch, L queries, M keys, H query heads, K key heads, G = H / K, C head size.
@@ -12,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-MASKED_SCORE = -1e30  # finite, so that a row that sees nothing stays finite
-SHARED_SEGMENT = -1  # of a key that every document sees
+from jaxlib_methods.pallas_kernels.attention.tiles import MASKED_SCORE, sees
+
 TILE = 256  # queries whose scores exist at once
 
 
@@ -22,16 +21,18 @@ def visible(
     key_positions: jax.Array,
     query_segments: jax.Array,
     key_segments: jax.Array,
+    *,
+    window: int | None = None,
 ) -> jax.Array:
     """Which keys a query may read: same document (or a shared key), not later, not padding.
 
     query_positions, query_segments: `[B, L]`; key_positions, key_segments: `[B, M]`; int32.
     Returns bool `[B, L, M]`.
     """
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    same |= (key_segments == SHARED_SEGMENT)[:, None, :]
-    past = query_positions[:, :, None] >= key_positions[:, None, :]
-    return same & past & (key_segments != 0)[:, None, :]
+    queries = (x[:, :, None] for x in (query_positions, query_segments))
+    keys = (x[:, None, :] for x in (key_positions, key_segments))
+    (positions, segments), (key_positions, key_segments) = queries, keys
+    return sees(positions, key_positions, segments, key_segments, window)
 
 
 def attention_reference(

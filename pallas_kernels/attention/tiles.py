@@ -1,0 +1,231 @@
+"""Attention's mathematics on one tile: some queries (rows) and some keys (columns).
+
+    S = s Q K^T    P = exp(S - L)    O = P V    L = logsumexp(S)          s = 1 / sqrt(C)
+
+Every derivative up to the second is a sum of such tiles over keys (of what belongs to a query) or
+over queries (of what belongs to a key). A formula returns both as functions, for the loop around it
+to call what it sums. Loops: `xla` and `tpu`; order of the formulas: `derivatives`.
+"""
+
+# Dimension key: R rows, M columns, C head size, E value's head size.
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED_SCORE = -1e30  # finite, so that a row that sees nothing stays finite
+SHARED_SEGMENT = -1  # of a key that every document sees
+
+Arrays = tuple[jax.Array, ...]
+
+
+def sees(
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    query_segments: jax.Array,
+    key_segments: jax.Array,
+    window: int | None = None,
+) -> jax.Array:
+    """Which keys a query may read; int32 arguments that broadcast to the result's shape.
+
+    Same document (or a shared key), not later, not padding; with a window, fewer than `window`
+    positions back unless shared.
+    """
+    shared = key_segments == SHARED_SEGMENT
+    same = query_segments == key_segments
+    if window is not None:
+        same &= query_positions - key_positions < window
+    return (same | shared) & (query_positions >= key_positions) & (key_segments != 0)
+
+
+def wide(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """What products of `dtype` are summed in: float32 or better."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int]) -> jax.Array:
+    """Sum of products over one axis of each; `a` is rounded to `b`'s dtype."""
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(a.astype(b.dtype), b, dims, preferred_element_type=wide(b.dtype))
+
+
+def scores(a: jax.Array, b: jax.Array) -> jax.Array:
+    """`[R, C], [M, C] -> [R, M]`."""
+    return _dot(a, b, (1, 1))
+
+
+def mix(p: jax.Array, b: jax.Array) -> jax.Array:
+    """`[R, M], [M, C] -> [R, C]`: a sum over keys."""
+    return _dot(p, b, (1, 0))
+
+
+def collect(p: jax.Array, a: jax.Array) -> jax.Array:
+    """`[R, M], [R, C] -> [M, C]`: a sum over queries."""
+    return _dot(p, a, (0, 0))
+
+
+class Sums(NamedTuple):
+    """What a tile adds to its rows and to its columns."""
+
+    rows: Callable[[], Arrays]
+    columns: Callable[[], Arrays]
+
+
+def _total(x: jax.Array) -> jax.Array:
+    return jnp.sum(x, axis=1, keepdims=True)
+
+
+def _probabilities(
+    where: jax.Array, scale: float, q: jax.Array, k: jax.Array, lse: jax.Array
+) -> jax.Array:
+    return jnp.where(where, jnp.exp(scale * scores(q, k) - lse), 0)
+
+
+def forward(where: jax.Array, scale: float, rows: Arrays, columns: Arrays) -> Sums:
+    """Rows q, columns k, v. Row results: the mixed values, their weights' sum and exponent."""
+    (q,), (k, v) = rows, columns
+    s = jnp.where(where, scale * scores(q, k), MASKED_SCORE)
+    top = jnp.max(s, axis=1, keepdims=True)
+    p = jnp.where(where, jnp.exp(s - top), 0)
+    return Sums(lambda: (mix(p, v), _total(p), top), lambda: ())
+
+
+def merge(a: Arrays, b: Arrays) -> Arrays:
+    """Two parts of `forward`'s row results as one."""
+    top = jnp.maximum(a[2], b[2])
+    left, right = jnp.exp(a[2] - top), jnp.exp(b[2] - top)
+    return left * a[0] + right * b[0], left * a[1] + right * b[1], top
+
+
+def add(a: Arrays, b: Arrays) -> Arrays:
+    """Two parts of any other formula's results as one."""
+    return tuple(x + y for x, y in zip(a, b, strict=True))
+
+
+def tangent(where: jax.Array, scale: float, rows: Arrays, columns: Arrays) -> Sums:
+    """Rows q, q', L, centre c; columns k, k', v, v'. With W = S' - c, row results
+
+    (P W) V + P V',  rowsum(P W)
+    """
+    (q, dq, lse, centre), (k, dk, v, dv) = rows, columns
+    p = _probabilities(where, scale, q, k, lse)
+    pw = p * (scale * (scores(dq, k) + scores(q, dk)) - centre)
+    return Sums(lambda: (mix(pw, v) + mix(p, dv), _total(pw)), lambda: ())
+
+
+def backward(where: jax.Array, scale: float, rows: Arrays, columns: Arrays) -> Sums:
+    """Rows q, G, L, mu; columns k, v. With dS = P (G V^T - mu)
+
+    dQ = s dS K;  dK = s dS^T Q,  dV = P^T G
+    """
+    (q, g, lse, mu), (k, v) = rows, columns
+    p = _probabilities(where, scale, q, k, lse)
+    ds = scale * p * (scores(g, v) - mu)
+    return Sums(lambda: (mix(ds, k),), lambda: (collect(ds, q), collect(p, g)))
+
+
+def backward_tangent(where: jax.Array, scale: float, rows: Arrays, columns: Arrays) -> Sums:
+    """Rows q, q', G, G', L, L', mu, mu'; columns k, k', v, v'. The derivative of `backward`,
+
+    P' = P (S' - L')    dS' = P' (G V^T - mu) + P (G' V^T + G V'^T - mu')
+    dQ' = s (dS' K + dS K');  dK' = s (dS'^T Q + dS^T Q'),  dV' = P'^T G + P^T G'
+    """
+    (q, dq, g, dg, lse, dlse, mu, dmu), (k, dk, v, dv) = rows, columns
+    p = _probabilities(where, scale, q, k, lse)
+    dp = p * (scale * (scores(dq, k) + scores(q, dk)) - dlse)
+    d = scores(g, v) - mu
+    ds = scale * p * d
+    dds = scale * (dp * d + p * (scores(dg, v) + scores(g, dv) - dmu))
+    return Sums(
+        lambda: (mix(dds, k) + mix(ds, dk),),
+        lambda: (collect(dds, q) + collect(ds, dq), collect(dp, g) + collect(p, dg)),
+    )
+
+
+def double_backward_rows(where: jax.Array, scale: float, rows: Arrays, columns: Arrays) -> Sums:
+    """Rows q, A, G, L, delta, centre c; columns k, B, v, C, where A, B, C are the cotangents of
+    dQ, dK, dV. With W = s (A K^T + Q B^T) - c and D = G V^T, row results
+
+        rowsum(P W),  rowsum(P ((D - delta) W + G C^T))
+    """
+    (q, a, g, lse, delta, centre), (k, b, v, c) = rows, columns
+    p = _probabilities(where, scale, q, k, lse)
+    w = scale * (scores(a, k) + scores(q, b)) - centre
+    z = (scores(g, v) - delta) * w + scores(g, c)
+    return Sums(lambda: (_total(p * w), _total(p * z)), lambda: ())
+
+
+def double_backward(where: jax.Array, scale: float, rows: Arrays, columns: Arrays) -> Sums:
+    """Rows q, A, G, L, mu, w, z; columns k, B, v, C: the transpose of `backward_tangent`, whole.
+
+    T = P (W - w)    R = P ((D - mu) (W - w) + G C^T - z)    W = s (A K^T + Q B^T)
+    Q^ = s (R K + dS B),  G^ = T V + P C;  K^ = s (R^T Q + dS^T A),  V^ = T^T G
+    """
+    (q, a, g, lse, mu, w_mean, z_mean), (k, b, v, c) = rows, columns
+    p = _probabilities(where, scale, q, k, lse)
+    w = scale * (scores(a, k) + scores(q, b)) - w_mean
+    d = scores(g, v) - mu
+    t, ds = p * w, scale * p * d
+    r = scale * p * (d * w + scores(g, c) - z_mean)
+    return Sums(
+        lambda: (mix(r, k) + mix(ds, b), mix(t, v) + mix(p, c)),
+        lambda: (collect(r, q) + collect(ds, a), collect(t, g)),
+    )
+
+
+class Places(NamedTuple):
+    """int32 `[B, R]` of the queries, `[B, M]` of the keys."""
+
+    query_positions: jax.Array
+    query_segments: jax.Array
+    key_positions: jax.Array
+    key_segments: jax.Array
+
+
+class Plan(NamedTuple):
+    """How tiles are walked over. rows, columns: of a tile; both divide the arrays' lengths."""
+
+    loop: str
+    scale: float
+    window: int | None
+    rows: int
+    columns: int
+    interpret: bool = False
+
+
+class Formula(NamedTuple):
+    """A tile's results and how they are joined; initial: of each row result."""
+
+    tile: Callable[[jax.Array, float, Arrays, Arrays], Sums]
+    merge: Callable[[Arrays, Arrays], Arrays] = add
+    initial: Sequence[float] = (0.0, 0.0)
+
+
+FORWARD = Formula(forward, merge, (0.0, 0.0, MASKED_SCORE))
+
+
+def tiles_in_sight(plan: Plan, places: Places) -> jax.Array:
+    """bool `[B, R / rows, M / columns]`: tiles in which some query sees some key."""
+    B, R = places.query_positions.shape
+    M = places.key_positions.shape[1]
+
+    def row(queries: Arrays) -> jax.Array:
+        positions, segments = (x[:, :, None] for x in queries)
+        keys = (places.key_positions[:, None], places.key_segments[:, None])
+        seen = sees(positions, keys[0], segments, keys[1], plan.window)
+        return seen.reshape(B, plan.rows, M // plan.columns, plan.columns).any(axis=(1, 3))
+
+    queries = (places.query_positions, places.query_segments)
+    cut = tuple(jnp.moveaxis(x.reshape(B, R // plan.rows, plan.rows), 1, 0) for x in queries)
+    return jnp.moveaxis(jax.lax.map(row, cut), 0, 1)
+
+
+def span(hits: jax.Array) -> jax.Array:
+    """bool `[..., N] -> [..., 2]`: index of the first hit and that behind the last; 0, 0: none."""
+    count = hits.shape[-1]
+    first = jnp.argmax(hits, axis=-1)
+    behind = count - jnp.argmax(hits[..., ::-1], axis=-1)
+    ends = jnp.stack([first, behind], axis=-1).astype(jnp.int32)
+    return jnp.where(hits.any(axis=-1, keepdims=True), ends, 0)
