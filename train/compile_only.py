@@ -34,8 +34,13 @@ from jaxlib_methods.train.hlo import SLICES
 from jaxlib_methods.train.roofline import CHIPS, Chip, Roofline, estimate
 
 FILE_NAME = "compile_only.json"
-_REFUSED = re.compile(r"[Uu]sed ([\d.]+)([KMG]?) of ([\d.]+)([KMG]?) hbm")
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30}
+# How libtpu refuses: "Used 20.1G of 15.75G hbm", or "the total memory required for HLO temporaries
+# (20.1G) exceeds available HBM (15.75G)", which leaves the arguments out.
+_REFUSED = re.compile(
+    r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
+    r"|total memory required[^(]*\(([\d.]+)([KMGT]?)\) exceeds available HBM"
+)
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _REMATERIALISED = re.compile(r"nvoluntary full rematerialization.*")
 
 
@@ -127,15 +132,28 @@ def _compile(function: Any, arguments: Any, platform: str) -> tuple[Any, int]:
     try:
         compiled = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        refused = _REFUSED.search(str(error))
-        if refused is None:
+        needed = refused_bytes(str(error), held_bytes(arguments[:3]))
+        if needed is None:
             raise
-        return None, int(float(refused[1]) * _UNITS[refused[2]])
+        return None, needed
     stats = compiled.memory_analysis()
     outside = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     # What a TPU's compiler refuses by; on a CPU it is without the temporaries.
     peak = getattr(stats, "peak_memory_in_bytes", 0) if platform == "tpu" else 0
     return compiled, peak or outside + stats.temp_size_in_bytes
+
+
+def refused_bytes(message: str, held: int) -> int | None:
+    """What a program needs that libtpu refuses for its memory; None for another error.
+
+    held: bytes of the program's arguments.
+    """
+    found = _REFUSED.search(message)
+    if found is None:
+        return None
+    number, unit = found[1] or found[3], found[2] or found[4] or ""
+    alone = "temporaries" in found[0]
+    return int(float(number) * _UNITS[unit]) + (held if alone else 0)
 
 
 def _memory(arguments: Any, needed: int, evaluated: int, chip: Chip | None) -> Memory:

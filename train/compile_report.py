@@ -174,9 +174,12 @@ def advice(config: RunConfig, report: Report) -> list[str]:
     if memory.peak > (memory.limit or 0):
         rows, parts = config.data.batch_size, config.train.num_microbatches
         cut = mesh["slices"] * mesh["data"] * mesh["fsdp"]
-        more = [n for n in range(parts + 1, rows + 1) if rows % n == 0 and rows // n % cut == 0]
-        if more:
-            found.append(f"--train.num_microbatches={more[0]} (fewer rows at once)")
+        free = (memory.limit or 0) - memory.held - memory.batch
+        least = parts * max(memory.temporaries / free, 1) if free > 0 else rows
+        more = [n for n in range(parts + 1, rows // cut + 1) if rows % (n * cut) == 0]
+        enough = [n for n in more if n >= least] or more[-1:]
+        if enough:
+            found.append(f"--train.num_microbatches={enough[0]} (fewer rows at once)")
         further = {"none": "dots", "dots": "full"}.get(config.model.remat)
         if further:
             found.append(f"--model.remat={further} (computes again instead of keeping)")

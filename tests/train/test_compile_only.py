@@ -252,6 +252,24 @@ def test_held_bytes_are_those_of_the_shards():
     assert compile_only.held_bytes(tree) == 3 * 2 * 2 + 4
 
 
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (193.5G) exceeds available HBM (15.75G).",
+            195.5,
+        ),
+        ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. "
+         "Exceeded hbm capacity by 4.50G.", 20.25),
+        ("INTERNAL: something else", None),
+    ],
+)  # fmt: skip
+def test_what_libtpu_says_of_a_program_too_large(message: str, gib: float | None):
+    needed = compile_only.refused_bytes(message, held=2 * 2**30)
+    assert needed == (None if gib is None else gib * GIB)
+
+
 def test_what_does_not_fit_is_refused_with_what_helps(
     tiny: Callable[..., RunConfig],
     compile_once: None,
@@ -305,6 +323,8 @@ def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path
         "the training step needs 25.00 GiB on a device of v5e:4x4, 9.00 more than its 16.00; "
         "what helps: --train.num_microbatches=4 (fewer rows at once), --model.remat=full "
     )
+    many = compile_report.refusal(config, report_of(temporaries=55 * GIB))
+    assert "--train.num_microbatches=8 " in many  # it takes 10, 8 devices allow 8
     evaluation = compile_report.refusal(config, report_of(evaluation=17 * GIB))
     assert "the validation step needs 17.00 GiB" in evaluation
     assert "a smaller --data.batch_size" in evaluation
@@ -405,6 +425,16 @@ def test_a_pod_is_compiled_for_without_one(tiny: Callable[..., RunConfig], tmp_p
     assert report.cost.unknown_loops == 0
     assert report.roofline is not None
     assert 0 < report.memory.peak < report.memory.evaluation + report.memory.peak < 2 * GIB
+
+
+@needs_libtpu
+def test_a_program_too_large_for_a_pod(tiny: Callable[..., RunConfig], tmp_path: Path):
+    lengths = {"max_length": 128, "sequence_length": 128}
+    config = tiny(tmp_path, data=2, fsdp=2, batch_size=2**19, **lengths)
+    report = compile_only.analyse(config, compile_only.target_of("v5e:2x2"), evaluation=False)
+    assert report.cost is None
+    assert report.memory.missing > 0
+    assert "--train.num_microbatches=" in compile_report.refusal(config, report)
 
 
 @needs_libtpu
