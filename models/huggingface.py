@@ -179,10 +179,13 @@ def check_weights(folder: Folder, cfg: TransformerConfig) -> None:
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     """Tensor name -> slice, of all weight files, which stay open as long as the stack."""
-    safe_open = _safetensors().safe_open
+    safetensors = _safetensors()
     tensors = {}
     for file in weight_files(folder):
-        handle = stack.enter_context(safe_open(folder / file, framework="numpy"))
+        try:
+            handle = stack.enter_context(safetensors.safe_open(folder / file, framework="numpy"))
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{folder / file} is not a whole safetensors file: {error}") from error
         tensors |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
     return tensors
 

@@ -47,6 +47,8 @@ class DataConfig:
     tokenizer: `bytes`, or the path of a Hugging Face `tokenizer.json` or of its folder.
     separator_id: the token between documents; None takes the tokenizer's end-of-text token.
     validation_source: None splits `validation_fraction` of the documents off the training text.
+    on_damaged: a file that cannot be read to its end stops the run before it begins (`stop`), or is
+        read up to the fault, named and counted (`skip`).
     cache: local folder for memory-mapped tokens; None tokenises into memory at every start.
     num_threads: batches made ahead, each by a thread.
     batch_size: sequences of the global batch, one optimiser step.
@@ -63,10 +65,12 @@ class DataConfig:
     sequence_length: int = 256
     batch_size: int = 16
     shuffle_seed: int = 0
+    on_damaged: Literal["stop", "skip"] = "stop"
     cache: str | None = None
     num_threads: int = 2
 
     def __post_init__(self) -> None:
+        check_choices(self)
         for name in ("sequence_length", "batch_size", "num_threads"):
             value = getattr(self, name)
             _require(value >= 1, f"data.{name}={value} must be at least 1")

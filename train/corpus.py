@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import posixpath
+import sys
 import sysconfig
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
@@ -13,6 +14,7 @@ from etils import epath
 
 Format = Literal["text", "jsonl", "parquet", "arrayrecord"]
 Split = Literal["train", "validation"]
+OnDamaged = Literal["stop", "skip"]
 
 FORMAT_OF_ENDING: dict[str, Format] = {
     ".txt": "text",
@@ -32,6 +34,10 @@ STDLIB_EXCLUDED = frozenset(
 )
 # A corpus of fewer documents is split exactly: neither side stays empty.
 SMALL_CORPUS_DOCUMENTS = 256
+
+
+class DamagedFileError(ValueError):
+    """A file of a corpus that cannot be read, or not to its end."""
 
 
 class SourceFile(NamedTuple):
@@ -129,22 +135,54 @@ def _is_glob(text: str) -> bool:
 
 
 def read_documents(
-    files: list[SourceFile], *, text_field: str = "text", skip_binary: bool = False
+    files: list[SourceFile],
+    *,
+    text_field: str = "text",
+    skip_binary: bool = False,
+    on_damaged: OnDamaged = "stop",
 ) -> Iterator[Document]:
     """The documents of files, in order; empty ones are left out.
 
     A text file is one document; a row of the other formats is one. `skip_binary` passes over text
-    files that are not UTF-8.
+    files that are not UTF-8. on_damaged: of a file that cannot be read, `skip` keeps the documents
+    before the fault, leaves out the rest, and names and counts such files on stderr.
+    Raises DamagedFileError for them otherwise, ValueError where files are whole and hold no text.
     """
+    damaged = 0
     for file in files:
         if len(files) == 1 and file.path.stat().length == 0:
             raise ValueError(f"{file.path} is empty")
+        try:
+            yield from _read_file(file, text_field, skip_binary)
+        except DamagedFileError as error:
+            if on_damaged == "stop":
+                raise
+            damaged += 1
+            _say(f"{error}; the rest of the file is left out")
+    if damaged:
+        _say(f"{damaged} of {len(files)} files of the corpus are damaged")
+
+
+def _read_file(file: SourceFile, text_field: str, skip_binary: bool) -> Iterator[Document]:
+    try:
         for document in _READERS[file.format](file, text_field):
             fault = _fault(document.text)
             if fault and not skip_binary:
-                raise ValueError(f"{document.name} is not UTF-8 text: {fault}")
+                raise DamagedFileError(f"{document.name} is not UTF-8 text: {fault}")
             if not fault and document.text:
                 yield document
+    except (OSError, UnicodeError) as error:  # of a file system, or from inside a reader
+        raise DamagedFileError(f"{file.path} cannot be read: {_one_line(error)}") from error
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Once: the parts of a split read the same files."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _fault(text: str) -> str | None:
@@ -173,7 +211,7 @@ def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
             try:
                 row = json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{name} is not JSON: {error}") from error
+                raise DamagedFileError(f"{name} is not JSON: {error}") from error
             text = row.get(text_field) if isinstance(row, dict) else None
             if not isinstance(text, str):
                 kind = f"fields {sorted(row)[:8]}" if isinstance(row, dict) else type(row).__name__
@@ -194,23 +232,25 @@ def _read_parquet(file: SourceFile, text_field: str) -> Iterator[Document]:
     with file.path.open("rb") as raw:
         try:
             table = pyarrow.parquet.ParquetFile(raw)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file.path} is not a Parquet file: {error}") from error
-        if text_field not in table.schema_arrow.names:
-            raise ValueError(
-                f"{file.path} has no column {text_field!r} but {table.schema_arrow.names[:8]}; "
-                "set data.text_field"
-            )
-        number = 0
-        for rows in table.iter_batches(batch_size=1024, columns=[text_field]):
-            for text in rows.column(0).to_pylist():
-                number += 1
-                name = f"{file.path}:{number}"
-                if not isinstance(text, str):
-                    raise ValueError(
-                        f"{name} has {type(text).__name__} in column {text_field!r}, not text"
-                    )
-                yield Document(name, text, text)
+            if text_field not in table.schema_arrow.names:
+                raise ValueError(
+                    f"{file.path} has no column {text_field!r} but "
+                    f"{table.schema_arrow.names[:8]}; set data.text_field"
+                )
+            number = 0
+            for rows in table.iter_batches(batch_size=1024, columns=[text_field]):
+                for text in rows.column(0).to_pylist():
+                    number += 1
+                    name = f"{file.path}:{number}"
+                    if not isinstance(text, str):
+                        raise ValueError(
+                            f"{name} has {type(text).__name__} in column {text_field!r}, not text"
+                        )
+                    yield Document(name, text, text)
+        except pyarrow.ArrowException as error:
+            raise DamagedFileError(
+                f"{file.path} is not a whole Parquet file: {_one_line(error)}"
+            ) from error
 
 
 def _read_arrayrecord(file: SourceFile, text_field: str) -> Iterator[Document]:
@@ -222,7 +262,9 @@ def _read_arrayrecord(file: SourceFile, text_field: str) -> Iterator[Document]:
             text = _record_text(records[number], text_field)
             yield Document(f"{file.path}:{number + 1}", text, text)
     except RuntimeError as error:
-        raise ValueError(f"{file.path} is not an ArrayRecord file: {error}") from error
+        raise DamagedFileError(
+            f"{file.path} is not a whole ArrayRecord file: {_one_line(error)}"
+        ) from error
 
 
 def _record_text(record: bytes, text_field: str) -> str:

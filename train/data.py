@@ -150,6 +150,7 @@ def open_dataset(
             text_field=cfg.text_field,
             validation_fraction=cfg.validation_fraction,
             cache=cfg.cache,
+            on_damaged=cfg.on_damaged,
         )
         for name in source.split(",")
     ]

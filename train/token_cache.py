@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from jaxlib_methods.train import corpus
-from jaxlib_methods.train.corpus import Document, Split
+from jaxlib_methods.train.corpus import Document, OnDamaged, Split
 from jaxlib_methods.train.tokenizer import Tokenizer
 
 LAYOUT = 1  # of a cache folder; a change of what is written there raises it
@@ -50,13 +50,16 @@ def open_stream(
     text_field: str = "text",
     validation_fraction: float = 0.05,
     cache: str | None = None,
+    on_damaged: OnDamaged = "stop",
 ) -> TokenStream:
     """The token stream of one side of a source's split, or of all of it (`split=None`)."""
     files = corpus.find_files(source, format=format)
     label = f"the {split} part of {source}" if split else source
 
     def documents() -> Iterator[Document]:
-        found = corpus.read_documents(files, text_field=text_field, skip_binary=source == "stdlib")
+        found = corpus.read_documents(
+            files, text_field=text_field, skip_binary=source == "stdlib", on_damaged=on_damaged
+        )
         if split is None:
             return found
         return corpus.split_documents(found, split=split, validation_fraction=validation_fraction)
@@ -68,6 +71,7 @@ def open_stream(
         return TokenStream(tokens, starts, num_bytes, fingerprint)
     key = (LAYOUT, split, text_field, validation_fraction, tokenizer.fingerprint,
            tokenizer.separator, [_identity(file) for file in files])  # fmt: skip
+    key = key if on_damaged == "stop" else (*key, on_damaged)
     folder = _cache_root(cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if not folder.exists():
         _write_folder(folder, documents(), tokenizer, label)

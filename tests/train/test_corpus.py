@@ -10,7 +10,13 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from fsspec.implementations.memory import MemoryFileSystem
 
-from jaxlib_methods.train.corpus import Document, find_files, read_documents, split_documents
+from jaxlib_methods.train.corpus import (
+    DamagedFileError,
+    Document,
+    find_files,
+    read_documents,
+    split_documents,
+)
 
 TEXTS = ["first\nline", "naïve 日本 🙂", '{"not": "a row"}']
 
@@ -108,8 +114,12 @@ def test_binary_files_are_skipped_only_when_asked(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1 has no text in field 'text'.*data.text_field"),
         ("a.jsonl", b"[1]\n", r"a.jsonl:1 has no text in field 'text' \(list\)"),
         ("a.jsonl", b'{"text": "\\ud800"}\n', r"a.jsonl:1 is not UTF-8 text: character 0"),
-        ("a.parquet", b"no parquet file at all", r"a.parquet is not a Parquet file"),
-        ("a.arrayrecord", b"no record file at all", r"a.arrayrecord is not an ArrayRecord file"),
+        ("a.parquet", b"no parquet file at all", r"a.parquet is not a whole Parquet file"),
+        (
+            "a.arrayrecord",
+            b"no record file at all",
+            r"a.arrayrecord is not a whole ArrayRecord file",
+        ),
         ("a.txt", b"", r"a.txt is empty"),
     ],
 )
@@ -120,6 +130,35 @@ def test_wrong_content_is_named_by_file_and_line(
     with pytest.raises(ValueError, match=message) as error:
         read(tmp_path / name)
     assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_skipped_from_the_fault_on_and_counted(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\n{"text": "second"}\n{"text": "thi')
+    (tmp_path / "b.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "c.txt").write_text("whole")
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "e.arrayrecord").write_bytes(b"nothing of the kind")
+    files = find_files(str(tmp_path))
+    for _ in range(2):  # both sides of a split read the files
+        texts = [d.text for d in read_documents(files, on_damaged="skip")]
+        assert texts == ["first", "second", "whole"]
+    *named, count = capfd.readouterr().err.splitlines()
+    assert [Path(line.split()[0]).name for line in named] == [
+        "a.jsonl:3", "b.txt", "d.parquet", "e.arrayrecord",
+    ]  # fmt: skip
+    assert all(line.endswith("; the rest of the file is left out") for line in named)
+    assert count == "4 of 5 files of the corpus are damaged"
+    with pytest.raises(DamagedFileError, match=r"a.jsonl:3 is not JSON"):
+        list(read_documents(files))
+
+
+def test_a_wrong_field_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
+    with pytest.raises(ValueError, match=r"set data.text_field") as error:
+        list(read_documents(find_files(str(tmp_path)), on_damaged="skip"))
+    assert not isinstance(error.value, DamagedFileError)
 
 
 def test_wrong_parquet_columns_are_named(tmp_path: Path) -> None:
