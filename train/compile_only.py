@@ -41,7 +41,7 @@ _REFUSED = re.compile(
     r"|total memory required[^(]*\(([\d.]+)([KMGT]?)\) exceeds available HBM"
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_REMATERIALISED = re.compile(r"nvoluntary full rematerialization.*")
+_REMATERIALISED = re.compile(r"Involuntary full rematerialization.{0,400}")
 
 
 class Target(NamedTuple):
@@ -66,6 +66,7 @@ def target_of(name: str, *, num_slices: int = 1) -> Target:
 def analyse(config: RunConfig, target: Target, *, evaluation: bool = True) -> Report:
     """Compiles the training step, and with `evaluation` the validation step.
 
+    Of a method whose program changes during a run, such as LET, the first one.
     Raises ValueError where the run does not fit the mesh.
     """
     started = time.perf_counter()

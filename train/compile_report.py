@@ -123,11 +123,11 @@ def _time_lines(report: Report) -> list[str]:
     if found is None or report.peak_flops is None:
         return []
     terms = ", ".join(f"{name} {secs:.3g}" for name, secs in found._asdict().items() if secs)
-    mfu = report.model_flops / report.peak_flops / found.at_best
+    mfu = report.model_flops / report.peak_flops / found.overlapped
     return [
         f"seconds of a step by the chip's rates: {terms}",
-        f"  at best {found.at_best:.3g}, limited by {found.limit} (MFU {mfu:.0%}); "
-        f"{found.one_by_one:.3g} with nothing at the same time",
+        f"  {found.overlapped:.3g} if all overlap, limited by {found.limit} (MFU {mfu:.0%}); "
+        f"{found.one_by_one:.3g} one after another",
     ]
 
 

@@ -1,4 +1,4 @@
-"""How long a step takes at best: its FLOPs and bytes over the rates of a chip."""
+"""How long a step may take: its FLOPs and bytes over the rates of a chip."""
 
 import math
 from collections.abc import Mapping
@@ -39,7 +39,11 @@ CHIPS: dict[str, Chip] = {
 
 
 class Roofline(NamedTuple):
-    """Seconds of a step by what it does; each alone, at the chip's rate."""
+    """Seconds of a step by what it does, each alone and at the chip's full rate.
+
+    Compute and links are lower bounds. Memory counts what every fusion reads and writes, some of
+    which a TPU keeps in VMEM.
+    """
 
     compute: float
     memory: float
@@ -47,13 +51,13 @@ class Roofline(NamedTuple):
     network: float
 
     @property
-    def at_best(self) -> float:
-        """Everything at the same time: the longest term."""
+    def overlapped(self) -> float:
+        """All of it at the same time: the longest term."""
         return max(self)
 
     @property
     def one_by_one(self) -> float:
-        """Nothing at the same time."""
+        """One after another."""
         return sum(self)
 
     @property

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def compiled_text(function: Callable[..., Any], *arguments: Any) -> str:
-    return jax.jit(function).lower(*arguments).compile().as_text()
+    text = jax.jit(function).lower(*arguments).compile().as_text()
+    assert text is not None
+    return text
 
 
 def fsdp_matmuls(num_layers: int) -> hlo.Cost:
@@ -179,7 +182,7 @@ def test_roofline_by_hand():
         chip, flops=500.0, memory_bytes=20.0, collectives=collectives, axes=axes
     )
     assert found == roofline.Roofline(compute=5.0, memory=2.0, links=9.0, network=2.0)
-    assert (found.at_best, found.one_by_one, found.limit) == (9.0, 18.0, "links")
+    assert (found.overlapped, found.one_by_one, found.limit) == (9.0, 18.0, "links")
 
 
 def test_a_device_has_its_share_of_a_chip():
@@ -296,6 +299,22 @@ def test_what_does_not_fit_is_refused_with_what_helps(
     assert written["memory"]["missing"] > 0
     assert written["cost"]["collectives"][0]["axes"] == ["data"]
     assert written["roofline"]["limit"] in roofline.Roofline._fields
+
+
+def test_what_the_compiler_complains_of_is_a_defect(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    complaint = "Involuntary full rematerialization. It goes from {devices=[8]} to {devices=[4,2]}"
+
+    def refused(*arguments: Any) -> tuple[None, int]:
+        os.write(2, f"W0101 partitioner.cc:1] [SPMD] {complaint}\nanother line\n".encode())
+        return None, 0
+
+    monkeypatch.setattr(compile_only, "_compile", refused)
+    config = tiny(tmp_path, data=2, fsdp=4, batch_size=16)
+    report = compile_only.analyse(config, compile_only.target_of("cpu:8"), evaluation=False)
+    assert report.rematerialized == (complaint,)
+    assert f"defect: {complaint}\n" in compile_report.text(config, report)
 
 
 def report_of(**changes: Any) -> compile_report.Report:
