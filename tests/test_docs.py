@@ -4,11 +4,16 @@ import ast
 import doctest
 import importlib
 import re
+import shlex
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from absl import flags
+
+from jaxlib_methods.infer import config as infer_config
+from jaxlib_methods.train import flags as train_flags
 
 Python = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -75,6 +80,33 @@ def test_links_lead_somewhere(root: Path, document: str) -> None:
     text = (root / document).read_text(encoding="utf-8")
     targets = re.findall(r"\]\((?!https?://|#|mailto:)([^)#\s]+)", text)
     assert not [target for target in targets if not (root / target).exists()]
+
+
+def commands(root: Path) -> Iterator[tuple[str, list[str]]]:
+    """(train or infer, flags) of every command of this library in the documents' shell blocks."""
+    for document in DOCUMENTS:
+        for language, block in blocks((root / document).read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
+                for found in re.finditer(r"-m jaxlib_methods\.(\w+)([^&|;]*)", line):
+                    words = shlex.split(found[2].rstrip('" '), comments=True)
+                    yield found[1], words
+
+
+def test_documented_commands_have_flags_that_exist(root: Path) -> None:
+    seen = set()
+    for program, arguments in commands(root):
+        seen.add(program)
+        values = flags.FlagValues()
+        package = {"train": train_flags, "infer": infer_config}[program]
+        package.define(values)
+        train_flags.parse(["program", *arguments], values)
+        config = (
+            train_flags.run_config(values)
+            if program == "train"
+            else infer_config.from_flags(values)
+        )
+        assert config.workdir
+    assert seen == {"train", "infer"}
 
 
 def test_readme_examples_run(root: Path, python: Python) -> None:
