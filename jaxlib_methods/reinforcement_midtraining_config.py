@@ -22,7 +22,7 @@ class ReinforcementMidtrainingConfig:
         `questions` reads questions with their answers: what is learned after mid-training.
     bits: of a parity question; none is 8.
     questions: of `task=questions`, a JSONL file of objects with the texts `question` and `answer`;
-        or `parity`, a set of 5 to 9 bits that is made here.
+        or `parity`, a set of 5 to 8 bits that is made here.
     validation_questions: the same for validation; none takes one in eight of `questions`, by hash.
     positions: which tokens are reasoned about, in proportions that go from first_tiers to
         last_tiers (`curriculum`), among the hardest tier alone (`hard`), or anywhere (`uniform`).
@@ -45,7 +45,7 @@ class ReinforcementMidtrainingConfig:
     temperature: of sampling. Not published for RMT; RPT's.
     prompt_before, prompt_after: text around the prefix, in which `{budget}` is the budget in digits
         and `<budget>`, `<think>`, `</think>` and `<end>` are tokens: the tokenizer's own, or, of
-        bytes, control characters.
+        bytes, control characters. A backslash and n are a line break.
     prompt_length: tokens of the prefix that are read, the last ones; none reads all of its row.
     reward: the answer's first token is the text's (`match`); its bytes are a prefix of the text's
         that ends with a token (`prefix_match`); all of it is the text's (`exact`), but for white

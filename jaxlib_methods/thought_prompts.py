@@ -94,15 +94,16 @@ def make_frame(
     """The frame of each budget from 0 to `most`.
 
     before, after: text in which `{budget}` is the budget, in as many digits as `most` has, and the
-    names of `SPECIALS` are their tokens. Raises ValueError where the tokenizer has no such token,
-    and where budgets give frames of different lengths.
+    names of `SPECIALS` are their tokens; a backslash and n are a line break, which no flagfile
+    holds. Raises ValueError where the tokenizer has no such token, and where budgets give frames of
+    different lengths.
     """
     digits = len(str(most))
 
     def table(template: str) -> np.ndarray:
         rows = []
         for budget in range(most + 1):
-            text = template.replace("{budget}", f"{budget:0{digits}d}")
+            text = template.replace(r"\n", "\n").replace("{budget}", f"{budget:0{digits}d}")
             rows.append(_encode(text, encode, specials))
         lengths = {len(row) for row in rows}
         if len(lengths) > 1:

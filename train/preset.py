@@ -20,9 +20,9 @@ class Preset:
     """A run and what it promises.
 
     needs: flags that the user must add. hardware, time: where it runs and for how long; `computed`
-    means 6 FLOPs per parameter and token at 40 % of the bfloat16 peak (for depth recurrence its
-    analytic FLOPs; for energy, which is trained in float32, those at 40 % of TF32's), not a
-    measurement.
+    means 6 FLOPs per parameter and token at 40 % of the bfloat16 peak (for depth recurrence and
+    reinforcement mid-training their analytic FLOPs; for energy, which is trained in float32, those
+    at 40 % of TF32's), not a measurement.
     """
 
     config: RunConfig

@@ -1,12 +1,14 @@
 """Presets of reinforcement mid-training, and of what its runs begin with."""
 
+import dataclasses
 from typing import Any
 
-from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.config import PUBLISHED, TransformerConfig
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.train.config import (
     CheckpointConfig,
     DataConfig,
+    MeshConfig,
     OptimizerConfig,
     RunConfig,
     TrainConfig,
@@ -25,6 +27,17 @@ _PARITY: dict[str, Any] = {
     "force_close": True,
     "temperature": 1.0,
 }
+# After mid-training, or instead of it: of questions with their answers, these alone are rewarded.
+_QUESTIONS: dict[str, Any] = _PARITY | {
+    "task": "questions",
+    "questions": "parity",
+    "reward": "same_text",
+    "length_weight": 0.0,
+    "ntp_weight": 0.0,
+    "budget": 10,
+    "budget_decay": 1.0,
+    "prompt_after": "=<budget>{budget}<think>",
+}
 _TEXT: dict[str, Any] = {
     "max_thought": 10,
     "budget": 8,
@@ -42,12 +55,13 @@ def _run(
     learning_rate: float,
     batch_size: int,
     start: str | None,
+    sequence_length: int = 64,
     **optimizer: Any,
 ) -> RunConfig:
     return RunConfig(
         method="reinforcement_midtraining",
         model=_SMALL,
-        data=DataConfig(sequence_length=64, batch_size=batch_size),
+        data=DataConfig(sequence_length=sequence_length, batch_size=batch_size),
         train=TrainConfig(num_steps=num_steps, eval_every=num_steps // 5, eval_batches=8),
         optimizer=OptimizerConfig(learning_rate=learning_rate, **optimizer),
         checkpoint=CheckpointConfig(init_from=start),
@@ -69,6 +83,84 @@ _RLP: dict[str, Any] = {
     "ntp_weight": 0.0,
     "ema_decay": 0.99,
 }
+
+
+def _published(
+    shape: str,
+    *,
+    num_steps: int,
+    data: DataConfig,
+    num_microbatches: int,
+    optimizer: dict[str, Any],
+    **fields: Any,
+) -> RunConfig:
+    """A run of published size, which begins with a Hugging Face folder of that shape."""
+    return RunConfig(
+        method="reinforcement_midtraining",
+        model=dataclasses.replace(PUBLISHED[shape], remat="full"),
+        data=data,
+        train=TrainConfig(
+            num_steps=num_steps, num_microbatches=num_microbatches, eval_every=50, log_every=1,
+            eval_batches=2,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-6, schedule="constant", warmup_fraction=0.0, beta2=0.999, **optimizer
+        ),
+        checkpoint=CheckpointConfig(every=50, init_from=""),
+        mesh=MeshConfig(data=1, fsdp=-1),
+        method_config=ReinforcementMidtrainingConfig(**fields),
+    )  # fmt: skip
+
+
+def _midtraining_14b() -> RunConfig:
+    """RMT of Qwen3-14B (arXiv 2509.24375): 4051 documents, 10 epochs, 128 places a step.
+
+    Published: rate, batch, budget, curriculum, 8 rollouts, responses of 2048 tokens, the weight of
+    next tokens. RPT's (2506.08007): tiers in nats, temperature, decay and clipping. Ours: the
+    prompt, rows of 2048 tokens with one place each, weight 0.3 of the length.
+    """
+    return _published(
+        "qwen3_14b",
+        num_steps=317,
+        data=DataConfig(source="", tokenizer="", sequence_length=2048, batch_size=128),
+        num_microbatches=8,
+        optimizer={"weight_decay": 0.01, "clip_norm": 0.2},
+        thresholds=(0.5, 1.0, 1.5),
+        max_thought=2046,
+        prompt_before="Below is the beginning of a text. Think in exactly {budget} tokens about "
+        r"what comes next, then give the next token and nothing else.\n\n",
+        prompt_after=r"\n\n<think>",
+    )
+
+
+def _information_gain_1p7b() -> RunConfig:
+    """RLP of Qwen3-1.7B-Base (arXiv 2510.01265): the runs of 170 million tokens in its ablations.
+
+    Published: rate, batch, 16 rollouts, temperature, context and thoughts of 2048 tokens, the
+    moving average. Not published: optimiser and clipping, which are the usual ones. Ours: the
+    wording of the prompt.
+    """
+    return _published(
+        "qwen3_1p7b",
+        num_steps=200,
+        data=DataConfig(source="", tokenizer="", sequence_length=2048, batch_size=512),
+        num_microbatches=4,
+        optimizer={"weight_decay": 0.0, "clip_norm": 1.0},
+        **_RLP | {"ema_decay": 0.999},
+        rollouts=16,
+        temperature=0.7,
+        max_thought=2047,
+        prompt_before="You continue texts. Think briefly about what should come next, then go on "
+        r"in the same style, without repeating the text or speaking about it.\n\n",
+        prompt_after="<think>",
+    )
+
+
+_QWEN = (
+    "--data.source=FILES",
+    "--data.tokenizer=QWEN/tokenizer.json",
+    "--checkpoint.init_from=QWEN",
+)
 
 PRESETS: dict[str, Preset] = {
     "reinforcement_midtraining_tiny": Preset(
@@ -120,6 +212,16 @@ PRESETS: dict[str, Preset] = {
         time="1 min behind its warm-up",
         result="parity of 8 bits: nats that a thought brings 0.24 to 0.68, of at most 0.69",
     ),
+    "reinforcement_midtraining_questions": Preset(
+        config=_policy(
+            _QUESTIONS, "reinforcement_midtraining_parity_warm_up",
+            num_steps=150, learning_rate=3e-4, batch_size=16, sequence_length=16,
+        ),
+        hardware="2 CPU cores",
+        time="2 min behind its warm-up",
+        result="parity of 5 to 8 bits: accuracy 0.64 to 1.00 (1 seed); begun with "
+        "preset:reinforcement_midtraining_parity, which thinks 8 tokens about 8 bits, 0.76 to 0.83",
+    ),
     "reinforcement_midtraining_parity_warm_up": Preset(
         config=_run(
             _PARITY | {"policy": "taught"},
@@ -128,5 +230,20 @@ PRESETS: dict[str, Preset] = {
         hardware="2 CPU cores",
         time="2 min",
         result="a model that thinks about parity, half of the time to the point",
+    ),
+    "reinforcement_midtraining_14b": Preset(
+        config=_midtraining_14b(),
+        hardware="16 GPUs of 80 GB",
+        time="7 h on H100 (computed)",
+        result="QWEN Qwen3-14B, FILES OmniMATH; paper: next tokens 59.1 % right against 35.9 % of "
+        "RPT, thoughts of 186 tokens",
+        needs=_QWEN,
+    ),
+    "reinforcement_midtraining_rlp_1p7b": Preset(
+        config=_information_gain_1p7b(),
+        hardware="128 GPUs of 80 GB, whose caches hold all rollouts of a step (3.9 TB)",
+        time="42 min on H100 (computed)",
+        result="QWEN Qwen3-1.7B-Base; paper: 42.2 % against 34.0 % without, mean of its tasks",
+        needs=_QWEN,
     ),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from jaxlib_methods.tasks.questions import Split, split_of
 
 VERSION = 1  # of the rows: another number where the same file gives others
 BUILT_IN = "parity"
-BITS = range(5, 10)  # of the questions that are made here
+BITS = range(5, 9)  # of the questions that are made here
 
 
 class Written(NamedTuple):
@@ -31,7 +31,7 @@ class Written(NamedTuple):
 
 
 def parities() -> list[Written]:
-    """All strings of 5 to 9 bits, in order, each with the parity of its bits.
+    """All strings of 5 to 8 bits, in order, each with the parity of its bits.
 
     >>> parities()[1].question, parities()[1].answer
     ('00001', '1')

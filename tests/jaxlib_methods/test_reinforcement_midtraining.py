@@ -505,7 +505,7 @@ def test_questions_are_asked_whole_and_their_answers_left_out(tmp_path: Path):
     swapped = dataclasses.replace(cfg, questions="parity", validation_questions=str(path))
     method = rmt.make(swapped, context(init_from=None))
     dataset = method.dataset
-    assert [dataset(split).num_examples for split in asked] == [992, 100]
+    assert [dataset(split).num_examples for split in asked] == [480, 100]
 
 
 def test_tiers_from_a_file_need_no_initial_model():

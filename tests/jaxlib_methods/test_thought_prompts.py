@@ -73,6 +73,11 @@ def test_a_budget_is_a_row_of_a_table():
                                                   constant_values=2))  # fmt: skip
 
 
+def test_a_backslash_and_n_are_a_line_break():
+    found = make_frame(ByteTokenizer().encode, {}, most=1, before=r"a\nb{budget}", after="")
+    assert found.before.tolist() == [[97, 10, 98, 48], [97, 10, 98, 49]]
+
+
 def test_frames_that_cannot_be():
     tokenizer = ByteTokenizer()
     with pytest.raises(ValueError, match="has no token <budget>; it has"):

@@ -105,9 +105,11 @@ def num_params(cfg: TransformerConfig) -> int:
         ("pythia_160m", 162_322_944),
         ("smollm_135m", 134_515_008),
         ("llama_3p2_1b", 1_235_814_400),
+        ("qwen3_1p7b", 1_720_574_976),
+        ("qwen3_14b", 14_768_307_200),
     ],
 )
-def test_teachers_have_the_published_number_of_parameters(name, published):
+def test_language_models_have_the_published_number_of_parameters(name, published):
     assert num_params(PUBLISHED[name]) == published
 
 
@@ -153,5 +155,6 @@ def test_every_published_size_is_tested():
     energies = {f"ebt_{n}" for n in ("4xs", "3xs", "xxs", "xs", "small", "medium", "large", "xl")}
     students = {"let_1p4b", "let_3b", "let_7b"}
     teachers = {"opt_125m", "pythia_160m", "smollm_135m", "llama_3p2_1b"}
+    policies = {"qwen3_1p7b", "qwen3_14b"}
     recurrent = {"huginn_3p5b"}  # in test_recurrent_depth.py
-    assert set(PUBLISHED) == students | teachers | energies | recurrent
+    assert set(PUBLISHED) == students | teachers | policies | energies | recurrent

@@ -118,6 +118,45 @@ PUBLISHED_JSON: dict[str, dict[str, Any]] = {
         "vocab_size": 128256,
     },
 }
+_QWEN3: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 151643,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 1000000,
+    "sliding_window": None,
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+PUBLISHED_JSON["qwen3_1p7b"] = _QWEN3 | {
+    "eos_token_id": 151643,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 28,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 28,
+    "tie_word_embeddings": True,
+}
+PUBLISHED_JSON["qwen3_14b"] = _QWEN3 | {
+    "eos_token_id": 151645,
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "max_position_embeddings": 40960,
+    "max_window_layers": 40,
+    "num_attention_heads": 40,
+    "num_hidden_layers": 40,
+    "tie_word_embeddings": False,
+}
 LLAMA = PUBLISHED_JSON["smollm_135m"]
 OPT = PUBLISHED_JSON["opt_125m"]
 NEOX = PUBLISHED_JSON["pythia_160m"]
