@@ -135,10 +135,12 @@ class _Reader:
         if kind in COLLECTIVES:
             return total + self._collective(kind, found, known)
         if kind == "while":
-            body, trips = self._cost(called[0], in_fusion=in_fusion), self._trips(found, known)
+            once = self._cost(called[0], in_fusion=in_fusion)
+            once += self._cost(_condition(found), in_fusion=in_fusion)
+            trips = self._trips(found, known)
             if trips is None:
-                return body.times(self._unknown_trips) + Cost(unknown_loops=1)
-            return body.times(trips)
+                return once.times(self._unknown_trips) + Cost(unknown_loops=1)
+            return once.times(trips)
         if kind == "conditional":
             branches = [self._cost(name, in_fusion=in_fusion) for name in called]
             return max(branches, key=lambda cost: (cost.collective_bytes, cost.memory_bytes))
@@ -153,30 +155,34 @@ class _Reader:
     def _trips(self, loop: _Instruction, known: _Known) -> int | None:
         """How often a loop runs: as XLA has noted it, or by its condition `i < constant`.
 
-        XLA unrolls loops: the step may be above 1. What is no constant begins at 0 and steps by 1.
+        A loop that may end sooner, `i < constant and ...`, counts to its bound. XLA unrolls loops:
+        the step may be above 1. What is no constant begins at 0 and steps by 1.
         """
         noted = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if noted:
             return int(noted[1])
-        condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
-        inside = {
-            found.name: found for found in self._computations[condition[1] if condition else ""]
-        }
-        test = next(found for found in inside.values() if found.is_root)
-        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+        bound = self._bound(_condition(loop))
+        if bound is None:
             return None
-        index, limit = (inside[name] for name in test.operands)
-        place = re.search(r"index=(\d+)", index.attributes)
-        if index.opcode != "get-tuple-element" or limit.opcode != "constant" or not place:
-            return None
-        number = int(place[1])
+        number, limit = bound
         body = {found.name: found for found in self._computations[_called(loop.attributes)[0]]}
-        root = next(found for found in body.values() if found.is_root)
-        start = _constant(_field(known[loop.operands[0]], number, known)) or 0
-        after = _field(root, number, body)
+        after = _field(_root(body), number, body)
         steps = [_constant(body[name]) for name in after.operands if after.opcode == "add"]
         step = next((step for step in steps if step), 1)
-        return max(-(-(int(limit.operands[0]) - start) // step), 0)
+        start = _constant(_field(known[loop.operands[0]], number, known)) or 0
+        return max(-(-(limit - start) // step), 0)
+
+    def _bound(self, condition: str) -> tuple[int, int] | None:
+        """The field of a loop's state that counts, and the constant that it stays below."""
+        inside = {found.name: found for found in self._computations[condition]}
+        root = _root(inside)
+        for test in (root, *(inside[name] for name in root.operands if root.opcode == "and")):
+            if test.opcode == "compare" and "direction=LT" in test.attributes:
+                index, limit = (inside[name] for name in test.operands)
+                place = re.search(r"index=(\d+)", index.attributes)
+                if place and limit.opcode == "constant":
+                    return int(place[1]), int(limit.operands[0])
+        return None
 
     def _collective(self, kind: str, found: _Instruction, known: _Known) -> Cost:
         size = sum(_num_bytes(known[name].shape) for name in found.operands)
@@ -224,6 +230,16 @@ def _fusion_traffic(inner: list[_Instruction], sizes: list[float], result: float
             if found.operands[0] in numbers:
                 sizes[numbers[found.operands[0]]] = 0
     return result + sum(sizes)
+
+
+def _condition(loop: _Instruction) -> str:
+    found = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
+    assert found is not None
+    return found[1]
+
+
+def _root(known: _Known) -> _Instruction:
+    return next(found for found in known.values() if found.is_root)
 
 
 def _field(found: _Instruction, number: int, known: _Known) -> _Instruction:

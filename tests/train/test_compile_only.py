@@ -132,8 +132,17 @@ def test_a_loop_without_a_note_is_counted_by_its_condition():
         ("reduce-scatter", "fsdp"): hlo.Moved(3, 3 * 4096),
     }
     # Of the stack a trip reads one layer and the index, and writes the layer; it moves that, sums
-    # it into VMEM, and adds to the index.
-    assert cost.memory_bytes == 3 * ((4096 + 4 + 4096) + 2 * 4096 + 4096 + 3 * 4)
+    # it into VMEM, adds to the index and compares it.
+    assert cost.memory_bytes == 3 * ((4096 + 4 + 4096) + 2 * 4096 + 4096 + 3 * 4 + 2 * 4 + 1)
+
+
+def test_a_loop_that_may_end_sooner_counts_to_its_bound():
+    text = PROGRAM.replace(
+        "ROOT %test = pred[] compare(%i.2, %ten), direction=LT",
+        "%test = pred[] compare(%i.2, %ten), direction=LT\n  ROOT %both = pred[] and(%test, %test)",
+    )
+    cost = hlo.read(text, AXES)
+    assert (cost.collectives["collective-permute", "data"].count, cost.unknown_loops) == (3, 0)
 
 
 def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
