@@ -9,7 +9,8 @@ A loss takes arrays first, returns one number per token in nats, and never reduc
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+
+from jaxlib_methods.pallas_kernels.interpolation import interpolate
 
 NORM_FLOOR = 1e-6
 
@@ -107,14 +108,8 @@ def resize_features(x: jax.Array, size: int) -> jax.Array:
     >>> resize_features(jnp.array([0.0, 1.0, 2.0]), 2).tolist()
     [0.25, 1.75]
     """
-    x, width = _wide(x), x.shape[-1]
-    if size == width:
-        return x
-    place = np.clip((np.arange(size) + 0.5) * width / size - 0.5, 0, width - 1)
-    left = np.floor(place).astype(np.int32)
-    right = np.minimum(left + 1, width - 1)
-    share = jnp.expand_dims(jnp.asarray(place - left, x.dtype), range(x.ndim - 1))
-    return (1 - share) * x[..., left] + share * x[..., right]
+    x = _wide(x)
+    return x if size == x.shape[-1] else interpolate(x, size)
 
 
 def cosine_similarity(a: jax.Array, b: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
