@@ -1,0 +1,166 @@
+"""Time and memory of attention and its derivatives against forms that keep all scores.
+
+    python tests/benchmarks/attention.py --rounds=5 --calls=1
+
+Candidates: `attention` in tiles of plain JAX (`tiles`); the same output by `tiled_attention`, which
+cuts queries only (`query tiles`), by `attention_reference` (`all scores`) and by
+`jax.nn.dot_product_attention` (`jax.nn`), causal, one document. Operations: the output; the
+gradient of a loss of it; that gradient's derivative along the arguments, forward over reverse and
+in reverse twice. `roofline` counts the products by hand, L^2 C each, of which causality leaves
+half: 2 in the output, 5 more in the gradient, 17 more in a second derivative, at `--peak` GFLOP/s;
+unset, it is left out. Memory: temporary bytes that the compiler reserves; nothing is run for it. Goal: twice
+the length takes at most 2.1 times the memory of the second derivative.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from jaxlib_methods.pallas_kernels.attention import (
+    Keys,
+    attention,
+    attention_reference,
+    tiled_attention,
+    visible,
+)
+
+LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row, for the times.")
+HEADS = flags.DEFINE_integer("heads", 4, "Query heads.")
+KEY_HEADS = flags.DEFINE_integer("key_heads", 4, "Key heads.")
+HEAD_SIZE = flags.DEFINE_integer("head_size", 64, "Features of a head.")
+DTYPES = flags.DEFINE_list("dtypes", ["float32"], "Of queries, keys and values.")
+PEAK = flags.DEFINE_float("peak", None, "GFLOP/s of this device's matrix products in this dtype.")
+MEMORY = flags.DEFINE_list("memory", ["512", "1024", "2048", "4096", "8192"], "Lengths; empty: no.")
+IMPLEMENTATION = flags.DEFINE_enum("implementation", "xla", ["xla", "pallas"], "Of `tiles`.")
+
+PRODUCTS = {"output": 2, "gradient": 7, "forward over reverse": 24, "reverse twice": 24}
+GROWTH = 2.1
+MEGABYTE = 2**20
+
+Attend = Callable[[Any], jax.Array]  # of (query, key, value)
+
+
+def _index(query: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(query.shape[1])[None], query.shape[:2])
+
+
+def _tiles(arrays: Any) -> jax.Array:
+    query, key, value = arrays
+    index = _index(query)
+    at = {"positions": index, "segments": jnp.ones_like(index)}
+    context = Keys(key, value, *at.values())
+    return attention(query, context, implementation=IMPLEMENTATION.value, **at)[0]
+
+
+def _all_scores(arrays: Any) -> jax.Array:
+    index = _index(arrays[0])
+    ones = jnp.ones_like(index)
+    return attention_reference(*arrays, where=visible(index, index, ones, ones))
+
+
+def _jax_nn(arrays: Any) -> jax.Array:
+    return jax.nn.dot_product_attention(*arrays, is_causal=True)
+
+
+def _query_tiles(arrays: Any) -> jax.Array:
+    query, key, value = arrays
+    index = _index(query)
+    at = {"positions": index, "segments": jnp.ones_like(index)}
+    return tiled_attention(query, Keys(key, value, *at.values()), **at)
+
+
+CANDIDATES: dict[str, Attend] = {
+    "tiles": _tiles,
+    "query tiles": _query_tiles,
+    "all scores": _all_scores,
+    "jax.nn": _jax_nn,
+}
+
+
+def operation(name: str, attend: Attend) -> Callable[[Any, Any], Any]:
+    """A function of the arguments and of a direction of the same shapes."""
+
+    def loss(arrays: Any) -> jax.Array:
+        return jnp.sum(jnp.sin(attend(arrays).astype(jnp.float32)))
+
+    gradient = jax.grad(loss)
+
+    def along(arrays: Any, way: Any) -> jax.Array:
+        pairs = zip(gradient(arrays), way, strict=True)
+        return sum((jnp.sum((g * w).astype(jnp.float32)) for g, w in pairs), jnp.zeros(()))
+
+    return {
+        "output": lambda arrays, _: attend(arrays),
+        "gradient": lambda arrays, _: gradient(arrays),
+        "forward over reverse": lambda arrays, way: jax.jvp(gradient, (arrays,), (way,)),
+        "reverse twice": jax.grad(along),
+    }[name]
+
+
+def shapes(length: int, dtype: str) -> Any:
+    """Of (query, key, value)."""
+    heads = (HEADS.value, KEY_HEADS.value, KEY_HEADS.value)
+    return tuple(jax.ShapeDtypeStruct((1, length, h, HEAD_SIZE.value), dtype) for h in heads)
+
+
+def temporary(name: str, attend: Attend, length: int, dtype: str) -> float:
+    """Megabytes that an operation reserves beside arguments and results."""
+    like = shapes(length, dtype)
+    compiled = jax.jit(operation(name, attend)).lower(like, like).compile()
+    analysis: Any = compiled.memory_analysis()
+    return analysis.temp_size_in_bytes / MEGABYTE
+
+
+def compare_times(dtype: str) -> None:
+    """Prints a table for each operation."""
+    length = LENGTH.value
+    keys = jax.random.split(jax.random.key(0), 6)
+    both = [*shapes(length, dtype)] * 2
+    drawn = tuple(jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, both, strict=True))
+    for name, products in PRODUCTS.items():
+        runs = {
+            label: functools.partial(jax.jit(operation(name, attend)), drawn[:3], drawn[3:])
+            for label, attend in CANDIDATES.items()
+        }
+        title = f"{name}, {dtype}, {length} tokens, {HEADS.value} heads of {HEAD_SIZE.value}"
+        times = harness.measure(runs)
+        harness.report(title, times, reference="all scores", tokens_per_call=length)
+        if PEAK.value:
+            flops = products * HEADS.value * length**2 * HEAD_SIZE.value  # half of 2 flops each
+            print(f"\nroofline: {flops / PEAK.value / 1e6:.3g} ms a call")
+
+
+def compare_memory(dtype: str) -> None:
+    """Prints the tables over lengths, and the goal."""
+    lengths = [int(length) for length in MEMORY.value]
+    for name in PRODUCTS:
+        found = {
+            label: [temporary(name, attend, length, dtype) for length in lengths]
+            for label, attend in CANDIDATES.items()
+        }
+        print(f"\n{name}, {dtype}, MiB of temporaries\n\n| tokens | {' | '.join(found)} |")
+        print("|---" * (len(found) + 1) + "|")
+        for length, *row in zip(lengths, *found.values(), strict=True):
+            print(f"| {length} | {' | '.join(f'{x:.1f}' for x in row)} |")
+        if len(lengths) > 1 and PRODUCTS[name] > PRODUCTS["gradient"]:
+            growth = [b / a for a, b in itertools.pairwise(found["tiles"])][-1]
+            harness.check_goal(f"growth of `{name}`", growth, limit=GROWTH)
+
+
+def main(_: list[str]) -> None:
+    """Times, then memory, of each dtype."""
+    for dtype in DTYPES.value:
+        compare_times(dtype)
+        if MEMORY.value:
+            print("\n" + ", ".join(harness.provenance()))
+            compare_memory(dtype)
+
+
+if __name__ == "__main__":
+    app.run(main)
