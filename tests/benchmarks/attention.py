@@ -8,8 +8,8 @@ cuts queries only (`query tiles`), by `attention_reference` (`all scores`) and b
 gradient of a loss of it; that gradient's derivative along the arguments, forward over reverse and
 in reverse twice. `roofline` counts the products by hand, L^2 C each, of which causality leaves
 half: 2 in the output, 5 more in the gradient, 17 more in a second derivative, at `--peak` GFLOP/s;
-unset, it is left out. Memory: temporary bytes that the compiler reserves; nothing is run for it. Goal: twice
-the length takes at most 2.1 times the memory of the second derivative.
+unset, it is left out. Memory: temporary bytes that the compiler reserves; nothing is run for it.
+Goal: twice the length takes at most 2.1 times the memory of the second derivative.
 """
 
 import functools
