@@ -18,7 +18,7 @@ from jaxlib_methods.pallas_kernels import linear_cross_entropy_tpu as tpu
 from jaxlib_methods.pallas_kernels.dispatch import Implementation, choose
 from jaxlib_methods.pallas_kernels.linear_cross_entropy_tpu import MASKED_SCORE, NO_CLASS
 
-TILE = 2048  # classes whose logits exist at once
+TILE = 1024  # classes whose logits exist at once
 
 
 class TokenStatistics(NamedTuple):

@@ -1,0 +1,80 @@
+"""Linear cross-entropy in tiles of the vocabulary against the logits and the losses on them.
+
+    python tests/benchmarks/linear_cross_entropy.py
+    python tests/benchmarks/linear_cross_entropy.py --shape=8192,1024,50304,bfloat16
+
+Measured: `linear_cross_entropy` as `auto` chooses it, its statistics and the gradient of their
+means. Against: `tied_logits`, then `token_nll`, `token_entropy` and a logsumexp. Temporaries are
+what the compiler reserves beyond arguments and results. Goal: those of the gradient stay below one
+float32 array of tokens times vocabulary. The logits cost 2 N D V operations and the gradient twice
+that, and 2 N D V more to compute the logits again, which the plain form saves.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import harness
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from jaxlib_methods import losses
+from jaxlib_methods.models.transformer import tied_logits
+from jaxlib_methods.pallas_kernels.linear_cross_entropy import linear_cross_entropy
+
+_SHAPES = flags.DEFINE_multi_string(
+    "shape",
+    ["1024,256,8192,float32", "1024,256,8192,bfloat16", "512,128,50304,float32"],
+    "Tokens, width, vocabulary and dtype; may be given several times.",
+)
+MEGABYTE = 2**20
+
+
+def plain(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> tuple[jax.Array, ...]:
+    """The logits, then the losses: what the models do."""
+    logits = tied_logits(hidden, weight)
+    nll, entropy = losses.token_nll(logits, labels), losses.token_entropy(logits)
+    return nll, entropy, jax.nn.logsumexp(logits, axis=-1)
+
+
+def total(op: Callable[..., Any], *arrays: jax.Array) -> jax.Array:
+    """A scalar that needs all three statistics."""
+    return jnp.stack(op(*arrays)).mean()
+
+
+def compare(tokens: int, width: int, vocabulary: int, dtype: str) -> None:
+    """Prints the rows and the goal of one shape."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (1, tokens, width), dtype)
+    weight = jax.random.normal(keys[1], (vocabulary, width)) * width**-0.5
+    arrays = hidden, weight, jax.random.randint(keys[2], (1, tokens), 0, vocabulary)
+    ops = {"logits": plain, "tiles": linear_cross_entropy}
+    shape = f"{tokens} tokens, width {width}, vocabulary {vocabulary}, {dtype}"
+    memory = {}
+    for what in ("statistics", "gradient"):
+        programs = {}
+        for name, op in ops.items():
+            program = functools.partial(total, op)
+            if what == "gradient":
+                program = jax.grad(program, argnums=(0, 1))
+            programs[name] = jax.jit(program).lower(*arrays).compile()
+            analysis: Any = programs[name].memory_analysis()
+            memory[name] = analysis.temp_size_in_bytes / MEGABYTE
+        calls = {name: functools.partial(program, *arrays) for name, program in programs.items()}
+        times = harness.measure(calls)
+        harness.report(f"{what}: {shape}", times, reference="logits", tokens_per_call=tokens)
+        print("\nTemporaries: " + ", ".join(f"{n} {m:.1f} MiB" for n, m in memory.items()))
+    limit = tokens * vocabulary * 4 / MEGABYTE
+    harness.check_goal("temporaries of the gradient in MiB", memory["tiles"], limit=limit)
+
+
+def main(_: list[str]) -> None:
+    """Compares every shape."""
+    for shape in _SHAPES.value:
+        tokens, width, vocabulary, dtype = shape.split(",")
+        compare(int(tokens), int(width), int(vocabulary), dtype)
+
+
+if __name__ == "__main__":
+    app.run(main)
