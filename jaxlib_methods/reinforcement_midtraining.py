@@ -99,7 +99,8 @@ def make_evaluate(setting: Setting) -> LossFn:
 
     Metrics: `loss`; at places drawn evenly from the tiers `accuracy`, of each tier too, after a
     thought within the step's budget, and `plain_accuracy` of the likeliest token without thought;
-    or `information_gain`; `thought_length`.
+    or `information_gain`, and `shuffled_gain` of thoughts about other places, which shows whether
+    it is what they say that helps; `thought_length`.
     """
     cfg = setting.cfg
     plain = next_token.make_loss(setting.model)
@@ -120,8 +121,12 @@ def make_evaluate(setting: Setting) -> LossFn:
         kept = ("thought_length", "accuracy", "log_prob", "plain_log_prob")
         metrics = dict(metrics) | {name: scores[name] for name in kept if name in scores}
         if cfg.reward == "information_gain":
-            gain = scores["log_prob"][0] - scores["plain_log_prob"][0]
-            return scalar, metrics | {"information_gain": (gain, scores["log_prob"][1])}
+            moved = jax.tree.map(lambda x: jnp.roll(x, 1, axis=0), thoughts.responses)
+            _, others = score(setting, params, params, thoughts._replace(responses=moved), budget)
+            for name, found in (("information_gain", scores), ("shuffled_gain", others)):
+                total, count = found["log_prob"]
+                metrics[name] = (total - found["plain_log_prob"][0], count)
+            return scalar, metrics
         match = matches(setting, thoughts.asked, thoughts.responses)[:, 0]
         for i, name in enumerate(curriculum.TIERS):
             metrics[f"accuracy_{name}"] = average(match, valid & (tiers == i))

@@ -77,8 +77,8 @@ class Program(NamedTuple):
 
 
 @functools.cache
-def program(cfg: ReinforcementMidtrainingConfig) -> Program:
-    method = rmt.make(cfg, context())
+def program(cfg: ReinforcementMidtrainingConfig, dtype: Any = "float32") -> Program:
+    method = rmt.make(cfg, context(model=dataclasses.replace(MODEL, compute_dtype=dtype)))
     extra = method.init(KEY)
     state: Any = {}
     if method.init_state is not None:
@@ -217,6 +217,13 @@ def test_training_sees_the_log_probabilities_of_the_rollout():
     _, metrics = program(TEXT).gradient(other, found)
     assert mean(metrics["mismatch"]) > 0.01
     assert mean(metrics["clip_fraction"]) > 0
+
+
+def test_a_rollout_of_another_precision_is_seen():
+    found, _, _ = collected(TEXT)
+    _, metrics = program(TEXT, "bfloat16").gradient(PARAMS, found)
+    assert 1e-5 < mean(metrics["mismatch"]) < 0.05
+    assert mean(metrics["clip_fraction"]) == 0
 
 
 def with_advantages(found: Collected, values: Any) -> Collected:
@@ -377,18 +384,36 @@ def test_a_taught_thought_is_learned_by_its_likelihood():
 
 
 @pytest.mark.parametrize("cfg", [TEXT, RLP])
-def test_validation(cfg: ReinforcementMidtrainingConfig):
+def test_validation(cfg: ReinforcementMidtrainingConfig, monkeypatch: pytest.MonkeyPatch):
     run = program(cfg)
     assert run.method.evaluate is not None
     evaluate = functools.partial(run.method.evaluate, step=jnp.int32(10), key=KEY)
     batch = text_batch()
-    _, found = jax.jit(evaluate, compiler_options=QUICK)(PARAMS, run.extra, batch)
+    scored: list[Any] = []
+    score = rmt.score
+
+    def watched(setting: Any, params: Any, baseline: Any, thoughts: Any, budget: Any) -> Any:
+        scored.append(thoughts)
+        return score(setting, params, baseline, thoughts, budget)
+
+    monkeypatch.setattr(rmt, "score", watched)
+    both = jax.jit(
+        lambda params: (evaluate(params, run.extra, batch)[1], tuple(scored)),
+        compiler_options=QUICK,
+    )
+    found, (thoughts, *others) = both(PARAMS)
     loss = next_token.make_loss(MODEL)
     _, plain = loss(PARAMS, (), batch, step=jnp.int32(0), key=KEY)
     np.testing.assert_allclose(found["loss"], plain["loss"], rtol=1e-5)
     if cfg is RLP:
+        np.testing.assert_array_equal(others[0].prompts, thoughts.prompts)
+        moved = np.asarray(others[0].responses.tokens)
+        np.testing.assert_array_equal(moved, np.roll(thoughts.responses.tokens, 1, axis=0))
         assert abs(mean(found["information_gain"])) < 1
+        difference = mean(found["information_gain"]) - mean(found["shuffled_gain"])
+        assert 0 < abs(difference) < 1
         return
+    assert not others
     names = ("accuracy_easy", "accuracy_medium", "accuracy_hard")
     assert sum(float(found[name][1]) for name in names) == float(found["accuracy"][1]) == 8
     assert sum(float(found[name][0]) for name in names) == float(found["accuracy"][0])
