@@ -8,11 +8,13 @@
     python -m jaxlib_methods.infer --workdir=runs/energy_tiny --mode=think --output=think.json
     python -m jaxlib_methods.infer --workdir=runs/depth_recurrence_tiny --mode=think
     python -m jaxlib_methods.infer --workdir=runs/energy_tiny --mode=score --prompt="def f():"
+    python -m jaxlib_methods.infer --workdir=runs/reinforcement_midtraining_parity --mode=evaluate
 
 --workdir is a run or a Hugging Face folder. Generation takes --temperature, --top_k, --top_p,
 --min_p, --stop, --num_samples and more prompts; an energy run takes --think.num_steps,
---think.num_candidates and more, in every mode, and a model that is recurrent in depth
---depth.num_steps, --depth.exit and more; --help describes all flags.
+--think.num_candidates and more, in every mode, a model that is recurrent in depth
+--depth.num_steps, --depth.exit and more, and a run that thinks before tokens --reason.budget and
+more; --help describes all flags.
 """
 
 import dataclasses
@@ -34,8 +36,10 @@ def main(argv: list[str]) -> None:
             denoise,
             entropy,
             evaluate,
+            evaluate_thoughts,
             export,
             generate,
+            generate_thoughts,
             restore,
             score,
             think,
@@ -43,7 +47,9 @@ def main(argv: list[str]) -> None:
 
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
-        restore.check(asked.workdir, asked.mode, think=asked.think, depth=asked.depth)
+        restore.check(
+            asked.workdir, asked.mode, think=asked.think, depth=asked.depth, reason=asked.reason
+        )
         mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
         restored = restore.restore(
             asked.workdir, mesh=mesh, step=asked.step, think=asked.think, depth=asked.depth
@@ -58,6 +64,10 @@ def main(argv: list[str]) -> None:
             "denoise": denoise,
             "entropy": entropy,
         }
+        if restored.kind == "thoughts":
+            modes["evaluate"] = evaluate_thoughts
+        if asked.reason:
+            modes["generate"] = generate_thoughts
         modes[asked.mode].run(asked, restored)
 
 

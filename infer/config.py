@@ -12,6 +12,7 @@ from etils import epath
 
 from jaxlib_methods.depth_config import DepthConfig
 from jaxlib_methods.infer.kinds import either
+from jaxlib_methods.infer.reason_config import ReasonConfig
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.thinking import ThinkConfig
 from jaxlib_methods.train.config import DataConfig, MeshConfig
@@ -33,6 +34,13 @@ _DEPTH_READERS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("draft_steps", "draft_tokens"), _SPECULATIVE),
 }
 
+# Modes that read a flag of --reason.*; the others are read by all three.
+_REASON_MODES = ("generate", "evaluate", "think")
+_REASON_READERS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("every", "show", "examples"), ("generate",)),
+    "places": ("evaluate", "think"),
+}
+
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
@@ -42,16 +50,18 @@ class InferConfig:
 
     workdir: a run's workdir, or a Hugging Face folder.
     mode: generate text, evaluate the validation loss, or export a Hugging Face folder; of a model
-        that is recurrent in depth, an energy run and one on reasoning questions also think
-        (quality against compute on validation data); of an energy run score (the energy of
-        prompts); of an image run denoise (error against forward passes); of a plain model entropy
-        (that of its prediction for every token of a corpus, kept for reinforcement mid-training).
+        that is recurrent in depth, an energy run, one on reasoning questions and one that thinks
+        before tokens also think (quality against compute on validation data); of an energy run
+        score (the energy of prompts); of an image run denoise (error against forward passes); of
+        a plain model, or one that thinks before tokens, entropy (that of its prediction for every
+        token of a corpus, kept for reinforcement mid-training).
     step: which checkpoint of the run; none is the newest.
     prompt: text to continue, or to score; may be given several times.
     prompt_file: a .jsonl file with a prompt in each line (a string, or an object with "prompt"),
         or a text file that is one prompt as a whole.
     num_samples: continuations of each prompt.
-    max_new_tokens: longest continuation; none is 128, or what the model's context has left.
+    max_new_tokens: longest continuation; none is 128, or what the model's context has left, and
+        of a thought its answer.
     temperature: divides the logits; 0 always takes the likeliest token.
     top_k: draw among the k likeliest tokens; 0 among all.
     top_p: draw among the fewest likeliest tokens whose probability reaches p.
@@ -64,12 +74,13 @@ class InferConfig:
         and denoising (with a drawing of the same name beside it), the exported folder, the
         entropies as ArrayRecord.
     eval_batches: batches of the validation set, evenly spread; none takes all of it, for thinking
-        about text 8.
+        about text, or before its tokens, 8.
     entropy_top_k: entropies are of the k likeliest tokens, renormalised; none is of all.
     mesh: sizes of the mesh axes.
     data: fields of `DataConfig` that replace the run's own, for other text.
     think: fields of `ThinkConfig`, for an energy run.
     depth: fields of `DepthConfig`, for a language model that is recurrent in depth.
+    reason: fields of `ReasonConfig`, for a run that thinks before tokens.
     """
 
     workdir: str = ""
@@ -95,6 +106,7 @@ class InferConfig:
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
     think: dict[str, Any] = dataclasses.field(default_factory=dict)
     depth: dict[str, Any] = dataclasses.field(default_factory=dict)
+    reason: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.workdir:
@@ -106,7 +118,7 @@ class InferConfig:
         if "" in self.stop:
             raise ValueError("an empty --stop would end every continuation before it begins")
         given = bool(self.prompt) or self.prompt_file is not None
-        if self.mode == "generate" and not given:
+        if self.mode == "generate" and not (given or self.reason):
             raise ValueError(
                 "nothing to continue: give --prompt (it may be empty) or --prompt_file"
             )
@@ -127,6 +139,7 @@ class InferConfig:
         _ = self.sampling  # validates itself
         _ = ThinkConfig(**self.think)
         self._check_depth()
+        self._check_reason(given)
 
     def _check_depth(self) -> None:
         cfg = DepthConfig(**self.depth)
@@ -150,6 +163,29 @@ class InferConfig:
                     f"{flag}={format_value(value)} is read by --depth.{field}="
                     f"{either(readers)} alone, and it is {chosen}; give that or leave {flag} out"
                 )
+
+    def _check_reason(self, prompted: bool) -> None:
+        cfg = ReasonConfig(**self.reason)
+        for name in self.reason:
+            readers = _REASON_READERS.get(name, _REASON_MODES)
+            if self.mode not in readers:
+                raise ValueError(f"--reason.{name} is for --mode={either(readers)}; leave it out")
+        if not self.reason or self.mode != "generate":
+            return
+        if "budget" not in self.reason:
+            raise ValueError(
+                f"--reason.{next(iter(self.reason))} is for thoughts, and without --reason.budget "
+                "--mode=generate continues plainly; give a budget, or none for the run's own"
+            )
+        if "examples" in self.reason and prompted:
+            raise ValueError("--reason.examples is for no prompt; leave it or the prompts out")
+        if self.stream:
+            raise ValueError("--stream shows plain text; with --reason.budget leave it out")
+        if cfg.every and self.max_new_tokens is None:
+            raise ValueError(
+                f"--reason.every={cfg.every} thinks again and again in a text; say how long that "
+                "is by --max_new_tokens"
+            )
 
     @property
     def sampling(self) -> SamplingConfig:
@@ -189,11 +225,12 @@ def _read_prompts(path: str) -> list[str]:
 
 
 def define(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags of `InferConfig`, of the mesh, the data and both thinkings in `values`."""
+    """Defines the flags of `InferConfig`, of the mesh, the data and all thinking in `values`."""
     texts = {
         "": help_texts(InferConfig),
         "think": help_texts(ThinkConfig),
         "depth": help_texts(DepthConfig),
+        "reason": help_texts(ReasonConfig),
     }
     for section, field, hint in _fields():
         name = f"{section}.{field.name}" if section else field.name
@@ -225,7 +262,13 @@ def from_flags(values: flags.FlagValues = flags.FLAGS) -> InferConfig:
     return InferConfig(**top, mesh=mesh, **sections)
 
 
-_SECTIONS = {"mesh": MeshConfig, "data": DataConfig, "think": ThinkConfig, "depth": DepthConfig}
+_SECTIONS = {
+    "mesh": MeshConfig,
+    "data": DataConfig,
+    "think": ThinkConfig,
+    "depth": DepthConfig,
+    "reason": ReasonConfig,
+}
 
 
 def _fields() -> Iterator[tuple[str, dataclasses.Field, Any]]:

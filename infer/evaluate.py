@@ -1,7 +1,6 @@
 """Validation loss of a finished model, in nats per token and bits per byte."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -9,14 +8,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
 from jaxlib_methods import depth_language, losses
 from jaxlib_methods.depth_language import RecurrentModel
 from jaxlib_methods.infer import report
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import LanguageModel, Restored
-from jaxlib_methods.method import Batch
+from jaxlib_methods.method import Batch, Dataset
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import data
 from jaxlib_methods.train.config import DataConfig
@@ -114,15 +112,42 @@ def batches(
     return one_by_one()
 
 
+def question_batches(
+    dataset: Dataset, restored: Restored, max_batches: int | None
+) -> Iterable[Any]:
+    """Batches of the size of training, or as many more rows as these devices need to share them.
+
+    Raises ValueError where the mesh does not divide a question.
+    """
+    assert restored.config is not None
+    sizes = restored.mesh.shape
+    if dataset.sequence_length % sizes["sequence"]:
+        raise ValueError(
+            f"mesh.sequence={sizes['sequence']} does not divide the {dataset.sequence_length} "
+            "tokens of this run's questions; give --mesh.sequence=1, and another axis instead"
+        )
+    parts = sizes["data"] * sizes["fsdp"]
+    batch_size = -(-restored.config.data.batch_size // parts) * parts
+    return data.validation_batches(
+        dataset,
+        batch_size=batch_size,
+        max_batches=max_batches or -(-dataset.num_examples // batch_size),
+        mesh=restored.mesh,
+        spec=partitioning.batch_spec(),
+    )
+
+
+def sentence(name: str, result: Evaluation) -> str:
+    """The result for a reader."""
+    thinking = "" if result.iterations is None else f", {result.iterations:.2f} iterations"
+    return (
+        f"{name}: {result.nats_per_token:.4f} nats per token, {result.bits_per_byte:.4f} bits per "
+        f"byte{thinking}, over {result.num_tokens:,} tokens of validation text"
+    )
+
+
 def run(config: InferConfig, restored: Restored) -> None:
     """Evaluates what the flags ask for; prints it, and writes JSON where `output` is given."""
     result = evaluate(restored, data_config(restored, config.data), max_batches=config.eval_batches)
-    thinking = "" if result.iterations is None else f", {result.iterations:.2f} iterations"
-    print(
-        f"{report.name(config, restored)}: {result.nats_per_token:.4f} nats per token, "
-        f"{result.bits_per_byte:.4f} bits per byte{thinking}, over "
-        f"{result.num_tokens:,} tokens of validation text"
-    )
-    if config.output:
-        values = {"workdir": config.workdir, "step": restored.step, **result._asdict()}
-        epath.Path(config.output).expanduser().write_text(json.dumps(values) + "\n")
+    print(sentence(report.name(config, restored), result))
+    report.write(config, restored, result._asdict())

@@ -64,7 +64,7 @@ def settled_length(text: str, stop: Sequence[str]) -> int:
     return end - max(begun, default=0)
 
 
-class _Row:
+class TextRow:
     """The text of one continuation as its tokens arrive."""
 
     def __init__(self, restored: Restored, stop: Sequence[str], max_new_tokens: int) -> None:
@@ -166,6 +166,39 @@ def _sampler(model: LanguageModel) -> Any:
     return _SAMPLERS.get(model.depth.sampler) if isinstance(model, RecurrentModel) else None
 
 
+def draw(
+    restored: Restored,
+    encoded: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: SamplingConfig,
+    key: jax.Array,
+    stop_tokens: Sequence[int],
+    num_tokens: int = CHUNK_TOKENS,
+) -> Iterator[list[list[int]]]:
+    """The new tokens of each row, piece by piece, each of `num_tokens` in the longest row.
+
+    A row ends with a stop token or after max_new_tokens; it is empty from then on, and the pieces
+    end with the last row.
+    """
+    tokens, lengths = left_pad(encoded, width=bucket(max(map(len, encoded))))
+    settings: dict[str, Any] = {"num_tokens": num_tokens, "sampling": sampling, "key": key}
+    settings["stop_tokens"] = jnp.asarray(stop_tokens, jnp.int32)
+    model, params = restored.language_model, restored.params
+    with jax.set_mesh(restored.mesh):
+        state = _start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
+    taken, ended = np.zeros(len(encoded), int), False
+    while not ended:
+        with jax.set_mesh(restored.mesh):  # not while the caller runs
+            state = _steps(model, params, state, **settings)
+            drawn, counts = np.asarray(state.tokens), np.asarray(state.lengths)
+        new = [row[a:b].tolist() for row, a, b in zip(drawn, taken, counts, strict=True)]
+        last = drawn[np.arange(len(drawn)), np.maximum(counts - 1, 0)]
+        taken = counts
+        ended = bool((np.isin(last, stop_tokens) | (counts == max_new_tokens)).all())
+        yield new
+
+
 def generate(
     restored: Restored,
     prompts: Sequence[str],
@@ -183,27 +216,23 @@ def generate(
     no token. Raises ValueError where a prompt and its continuation exceed the model's context.
     """
     encoded = [[restored.first_token, *restored.tokenizer.encode(p).tolist()] for p in prompts]
-    longest = max(map(len, encoded))
-    _check_context(longest, max_new_tokens, restored.model.max_length)
+    check_context(max(map(len, encoded)), max_new_tokens, restored.model.max_length)
     repeated = [ids for ids in encoded for _ in range(num_samples)]
-    rows = [_Row(restored, stop, max_new_tokens) for _ in repeated]
-    tokens, lengths = left_pad(repeated, width=bucket(longest))
-    settings = {
-        "num_tokens": 1 if show else CHUNK_TOKENS,
-        "sampling": sampling,
-        "key": decoding.stream_key(seed, Stream.TOKENS),
-        "stop_tokens": jnp.asarray(restored.stop_tokens, jnp.int32),
-    }
-    with jax.set_mesh(restored.mesh):
-        model, params = restored.language_model, restored.params
-        state = _start(model, params, tokens, lengths, max_new_tokens=max_new_tokens)
-        while any(row.finish is None for row in rows):
-            state = _steps(model, params, state, **settings)
-            drawn, counts = np.asarray(state.tokens), np.asarray(state.lengths)
-            for index, row in enumerate(rows):
-                piece = row.add(drawn[index, len(row.tokens) : counts[index]].tolist())
-                if show and index == 0 and piece:
-                    show(piece)
+    rows = [TextRow(restored, stop, max_new_tokens) for _ in repeated]
+    pieces = draw(
+        restored,
+        repeated,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        key=decoding.stream_key(seed, Stream.TOKENS),
+        stop_tokens=restored.stop_tokens,
+        num_tokens=1 if show else CHUNK_TOKENS,
+    )
+    while any(row.finish is None for row in rows):
+        for index, (row, new) in enumerate(zip(rows, next(pieces), strict=True)):
+            piece = row.add(new)
+            if show and index == 0 and piece:
+                show(piece)
     names = [(prompt, sample) for prompt in prompts for sample in range(num_samples)]
     return [
         Completion(*name, row.text, row.tokens, row.finish or "length")
@@ -217,7 +246,8 @@ def _room(restored: Restored, prompts: Sequence[str]) -> int:
     return max(1, min(DEFAULT_NEW_TOKENS, restored.model.max_length - longest))
 
 
-def _check_context(longest: int, max_new_tokens: int, max_length: int) -> None:
+def check_context(longest: int, max_new_tokens: int, max_length: int) -> None:
+    """Raises ValueError where a prompt of `longest` tokens and its continuation are too long."""
     if longest >= max_length:
         raise ValueError(
             f"a prompt of {longest} tokens leaves no room in the model's context of {max_length}; "

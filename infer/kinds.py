@@ -6,10 +6,11 @@ from typing import Any, Literal, NamedTuple
 from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.tasks.restoration import RestorationConfig
 from jaxlib_methods.train.config import RunConfig
 
-Kind = Literal["plain", "recurrent", "energy", "questions", "images"]
+Kind = Literal["plain", "recurrent", "energy", "questions", "images", "thoughts"]
 
 
 class _About(NamedTuple):
@@ -27,8 +28,11 @@ KINDS: dict[Kind, _About] = {
     "energy": _About("an energy run", ("generate", "evaluate", "think", "score")),
     "questions": _About("a run on reasoning questions", ("think",)),
     "images": _About("a run on images", ("denoise",)),
+    "thoughts": _About(
+        "a run that thinks before tokens", ("generate", "evaluate", "export", "think", "entropy")
+    ),
 }
-SECTIONS: dict[str, Kind] = {"think": "energy", "depth": "recurrent"}
+SECTIONS: dict[str, Kind] = {"think": "energy", "depth": "recurrent", "reason": "thoughts"}
 
 
 def kind_of(config: RunConfig | None, model: TransformerConfig) -> Kind:
@@ -40,6 +44,8 @@ def kind_of(config: RunConfig | None, model: TransformerConfig) -> Kind:
         return "questions"
     if isinstance(method, EnergyConfig):
         return "energy"
+    if isinstance(method, ReinforcementMidtrainingConfig):
+        return "thoughts"
     return "recurrent" if model.recurrence else "plain"
 
 

@@ -30,11 +30,11 @@ def write(
     config: InferConfig,
     restored: Restored,
     values: dict[str, Any],
-    draw: Callable[[epath.Path], bool],
+    draw: Callable[[epath.Path], bool] | None = None,
 ) -> None:
     """Writes JSON where `output` is given, and draws beside it, else into the workdir.
 
-    draw: draws into a path, and says whether it did.
+    draw: draws into a path, and says whether it did; none draws nothing.
     """
     png = epath.Path(config.workdir).expanduser() / f"{config.mode}.png"
     if config.output:
@@ -42,7 +42,7 @@ def write(
         values = {"workdir": config.workdir, "step": restored.step, **values}
         path.write_text(json.dumps(finite(values)) + "\n")
         png = path.with_suffix(".png")
-    if draw(png):
+    if draw is not None and draw(png):
         print(f"drawn in {png}")
 
 

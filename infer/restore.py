@@ -135,13 +135,14 @@ def check(
     *,
     think: Mapping[str, Any] | None = None,
     depth: Mapping[str, Any] | None = None,
+    reason: Mapping[str, Any] | None = None,
 ) -> None:
     """Raises ValueError where the model in `workdir` cannot do what is asked; see `restore`.
 
-    Reads its configuration alone, and touches no device.
+    reason: fields of `ReasonConfig`. Reads its configuration alone, and touches no device.
     """
     folder = epath.Path(workdir).expanduser()
-    flags = {"think": think or {}, "depth": depth or {}}
+    flags = {"think": think or {}, "depth": depth or {}, "reason": reason or {}}
     if checkpoint.checkpoints_folder(folder).exists():
         config = _read_record(folder).config
         model = config.model
@@ -193,7 +194,7 @@ def _read_record(folder: epath.Path) -> checkpoint.Record:
 
 def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags) -> Restored:
     record = _read_record(folder)
-    config = record.config
+    config = dataclasses.replace(record.config, workdir=str(folder))  # it may have been moved
     kinds.check_flags(folder, kinds.kind_of(config, config.model), **flags)
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
     if tokenizer.fingerprint != record.tokenizer:
@@ -210,7 +211,7 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags
             raise ValueError(f"{folder} has no checkpoint of step {step}; there are {known}")
         chosen = steps[-1] if step is None else step
         abstract = {"params": checkpoint.abstract_run_params(config, mesh)}
-        params = checkpointer.load_checkpointables(chosen, abstract)["params"]
+        params = checkpoint.load(checkpointer, chosen, abstract)["params"]
     first = tokenizer.separator
     return Restored(config, config.model, params, tokenizer, chosen, mesh, first, (first,))
 

@@ -4,7 +4,7 @@ One trajectory of each validation question gives every number of steps, and how 
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +14,10 @@ from etils import epath
 
 from jaxlib_methods import depth_reasoning
 from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig, Questions
-from jaxlib_methods.infer import report
+from jaxlib_methods.infer import evaluate, report
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored
-from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.depth_recurrent_config import DepthRecurrentConfig
-from jaxlib_methods.train import data
 
 SOLVED = 0.95  # the accuracy from which a difficulty counts as solved
 COLUMNS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 28, 40)  # of the table, beside those of training
@@ -73,37 +71,15 @@ def frontier(restored: Restored, *, max_batches: int | None = None) -> Frontier:
     with jax.set_mesh(restored.mesh):
         found = [
             _measure(questions, model, restored.params, batch)
-            for batch in _batches(questions, restored, max_batches)
+            for batch in evaluate.question_batches(
+                questions.dataset("validation"), restored, max_batches
+            )
         ]
     sums, counts = (
         np.asarray(jax.device_get(parts), np.float64).sum(axis=0)
         for parts in zip(*found, strict=True)
     )
     return _summarise(questions, sums, counts)
-
-
-def _batches(questions: Questions, restored: Restored, max_batches: int | None) -> Iterable[Any]:
-    """Batches of the size of training, or as many more as these devices need to share them.
-
-    Raises ValueError where the mesh does not divide a question.
-    """
-    dataset = questions.dataset("validation")
-    assert restored.config is not None
-    sizes = restored.mesh.shape
-    if dataset.sequence_length % sizes["sequence"]:
-        raise ValueError(
-            f"mesh.sequence={sizes['sequence']} does not divide the {dataset.sequence_length} "
-            "tokens of this run's questions; give --mesh.sequence=1, and another axis instead"
-        )
-    parts = sizes["data"] * sizes["fsdp"]
-    batch_size = -(-restored.config.data.batch_size // parts) * parts
-    return data.validation_batches(
-        dataset,
-        batch_size=batch_size,
-        max_batches=max_batches or -(-dataset.num_examples // batch_size),
-        mesh=restored.mesh,
-        spec=partitioning.batch_spec(),
-    )
 
 
 def _summarise(questions: Questions, sums: np.ndarray, counts: np.ndarray) -> Frontier:

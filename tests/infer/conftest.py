@@ -1,8 +1,10 @@
 """Small random models, as they would be restored."""
 
+import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxlib_methods import energy
@@ -11,7 +13,8 @@ from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import init_params
-from jaxlib_methods.train.config import DataConfig, RunConfig
+from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
+from jaxlib_methods.train.config import DataConfig, RunConfig, TrainConfig
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
 MODEL = TransformerConfig(
@@ -75,3 +78,46 @@ def restored_energy() -> Restored:
 def restored_energy_on_eight() -> Restored:
     """An energy model on a mesh of eight devices."""
     return energy_on(jax.devices(), data=4, tensor=2)
+
+
+THOUGHTS = ReinforcementMidtrainingConfig(
+    task="parity", max_thought=6, budget=6, budget_decay=0.5, temperature=0.9
+)
+SMALL = dataclasses.replace(MODEL, vocab_size=64, num_layers=1)  # of the bytes up to "?"
+
+
+def thoughts_on(devices: list[Any], **sizes: int) -> Restored:
+    """The same random model that thinks about parity, on any mesh."""
+    mesh = partitioning.make_mesh(**sizes, devices=devices)
+    boxed = jax.eval_shape(lambda: init_params(SMALL, jax.random.key(0)))
+
+    def create() -> Any:
+        params = partitioning.unbox(init_params(SMALL, jax.random.key(0)))
+        blocks = jax.tree.map(lambda p: 3 * p, params["blocks"])  # rows that differ
+        likely = jnp.zeros(128).at[jnp.array([3, *b"01.=<"])].set(2.0)  # 3 ends a thought
+        return params | {
+            "blocks": blocks,
+            "head": {"kernel": params["head"]["kernel"] * likely[None]},
+        }
+
+    params = jax.device_put(jax.jit(create)(), partitioning.param_shardings(boxed, mesh))
+    run = RunConfig(
+        method="reinforcement_midtraining",
+        model=SMALL,
+        method_config=THOUGHTS,
+        data=DataConfig(batch_size=16, sequence_length=32),
+        train=TrainConfig(num_steps=10),
+    )
+    return Restored(run, SMALL, params, ByteTokenizer(), 10, mesh, 0, (0,))
+
+
+@pytest.fixture(scope="session")
+def restored_thoughts() -> Restored:
+    """A run that thinks about parity, on one device."""
+    return thoughts_on(jax.devices()[:1])
+
+
+@pytest.fixture(scope="session")
+def restored_thoughts_on_eight() -> Restored:
+    """The same on a mesh of eight devices."""
+    return thoughts_on(jax.devices(), data=4, tensor=2)

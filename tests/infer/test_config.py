@@ -64,6 +64,13 @@ def test_depth_flags_are_fields_of_the_depth():
     assert parsed("--workdir=a", "--mode=evaluate", "--depth.num_steps=3").depth == {"num_steps": 3}
 
 
+def test_reason_flags_are_fields_of_the_reasoning():
+    got = parsed("--workdir=a", "--reason.budget=8", "--noreason.show")
+    assert got.reason == {"budget": 8, "show": False}
+    assert parsed("--workdir=a", "--reason.budget=none").reason == {"budget": None}
+    assert parsed("--workdir=a", "--mode=think", "--reason.places=2").reason == {"places": 2}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,6 +119,25 @@ def test_depth_flags_are_fields_of_the_depth():
             ["--workdir=a", "--mode=export", "--output=b", "--depth.num_steps=2"],
             "--depth.num_steps is for --mode=generate, evaluate or think; --mode=export writes the",
         ),
+        (["--workdir=a", "--prompt=x", "--reason.budget=0"], "reason.budget=0 must be at least 1"),
+        (
+            ["--workdir=a", "--prompt=x", "--reason.every=2"],
+            "--reason.every is for thoughts, and without --reason.budget --mode=generate continues",
+        ),
+        (
+            ["--workdir=a", "--prompt=x", "--reason.budget=2", "--reason.every=2"],
+            "say how long that is by --max_new_tokens",
+        ),
+        (
+            ["--workdir=a", "--prompt=x", "--reason.budget=2", "--reason.examples=2"],
+            "--reason.examples is for no prompt",
+        ),
+        (["--workdir=a", "--reason.budget=2", "--stream"], "--stream shows plain text"),
+        (
+            ["--workdir=a", "--mode=export", "--output=b", "--reason.budget=2"],
+            "--reason.budget is for --mode=generate, evaluate or think; leave it out",
+        ),
+        (["--workdir=a", "--mode=think", "--noreason.show"], "is for --mode=generate; leave it"),
         (["--workdir=a", "--promt=x"], "unknown flag --promt; did you mean --prompt"),
         (["--workdir=a", "--prompt=x", "--mesh.data=0"], "mesh.data=0"),
         (["--workdir=a", "--data.tokenizer=b"], "unknown flag --data.tokenizer"),
@@ -149,7 +175,7 @@ def test_every_own_flag_has_its_help():
     values = absl_flags.FlagValues()
     config.define(values)
     own = config.InferConfig.__annotations__
-    for name in (n for n in values if n in own or n.startswith(("think.", "depth."))):
+    for name in (n for n in values if n in own or n.startswith(("think.", "depth.", "reason."))):
         assert len(str(values[name].help).split("(default")[0]) > 10, name
 
 

@@ -46,8 +46,8 @@ def test_the_earliest_stop_string_counts():
     assert find_stop("one", [";"]) is None
 
 
-def row(restored: Restored, *, stop: tuple[str, ...], new: int = 100) -> generate_module._Row:
-    return generate_module._Row(restored, stop, new)
+def row(restored: Restored, *, stop: tuple[str, ...], new: int = 100) -> generate_module.TextRow:
+    return generate_module.TextRow(restored, stop, new)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 50])

@@ -7,6 +7,7 @@ from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.energy_image import EnergyImageConfig
 from jaxlib_methods.infer import kinds
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.train.config import RunConfig
 
 PLAIN = TransformerConfig(num_layers=3)
@@ -23,6 +24,9 @@ def depth(task: str) -> RunConfig:
 def test_the_kind_is_that_of_the_method_and_the_model():
     energy = RunConfig(method="energy", method_config=EnergyConfig())
     images = RunConfig(method="energy_image", method_config=EnergyImageConfig())
+    thoughts = ReinforcementMidtrainingConfig()
+    run = RunConfig(method="reinforcement_midtraining", method_config=thoughts)
+    assert kinds.kind_of(run, PLAIN) == "thoughts"
     assert kinds.kind_of(None, PLAIN) == "plain"
     assert kinds.kind_of(None, RECURRENT) == "recurrent"
     assert kinds.kind_of(RunConfig(), PLAIN) == "plain"
@@ -38,9 +42,10 @@ def test_the_kind_is_that_of_the_method_and_the_model():
     [
         ("questions", "generate", "runs/a is a run on reasoning questions: give --mode=think"),
         ("questions", "evaluate", "runs/a is a run on reasoning questions: give --mode=think"),
-        ("questions", "export", "--mode=export is for a plain language model or a language model"),
+        ("questions", "export", "--mode=export is for a plain language model, a language model"),
         ("questions", "score", "--mode=score is for an energy run; runs/a is a run on reasoning"),
-        ("images", "think", "for a language model that is recurrent in depth, an energy run or a"),
+        ("images", "think", "for a language model that is recurrent in depth, an energy run, a ru"),
+        ("thoughts", "score", "before tokens: give --mode=generate, evaluate, export, think or en"),
         ("images", "evaluate", "runs/a is a run on images: give --mode=denoise"),
         ("energy", "export", "energy run: give --mode=generate, evaluate, think or score"),
         ("plain", "denoise", "--mode=denoise is for a run on images; runs/a is a plain language"),
@@ -67,5 +72,8 @@ def test_flags_of_another_kind_are_refused():
     kinds.check_flags("runs/a", "recurrent", think={}, depth={"exit": "kl"})
     with pytest.raises(ValueError, match=r"--depth.exit is for a language model .* an energy run"):
         kinds.check_flags("runs/a", "energy", think={"noise": 1.0}, depth={"exit": "kl"})
+    kinds.check_flags("runs/a", "thoughts", think={}, reason={"budget": 4})
+    with pytest.raises(ValueError, match=r"--reason.budget is for a run that thinks before tok"):
+        kinds.check_flags("runs/a", "plain", reason={"budget": 4})
     with pytest.raises(ValueError, match=r"--think.noise is for an energy run; runs/a is a lang"):
         kinds.check_flags("runs/a", "recurrent", think={"noise": 1.0})
