@@ -106,7 +106,8 @@ def with_params(
 
     added = {name: place for name, place in places.params.items() if name not in params}
     new, method_state = jax.jit(create, out_shardings=(added, places.method_state))(key)
-    params = {**params, **new}
+    # Placed as the step gives them back: otherwise its second call is compiled again.
+    params = jax.device_put({**params, **new}, places.params)
     opt_state = jax.jit(optimizer.init, out_shardings=places.opt_state)(params)
     step = jax.device_put(jnp.zeros((), jnp.int32), places.step)
     return TrainState(step, params, opt_state, method_state)
