@@ -90,6 +90,8 @@ def run_config(values: flags.FlagValues = flags.FLAGS) -> RunConfig:
     An empty `workdir` becomes `runs/PRESET`, or `runs/METHOD` without a preset.
     Raises ValueError for an impossible combination.
     """
+    if not values.compile_only and (values["topology"].present or values["search"].present):
+        raise ValueError("--topology and --search are for --compile_only; add it")
     given: dict[str, dict[str, Any]] = {}
     for field in _fields():
         if not values[field.flag].using_default_value:

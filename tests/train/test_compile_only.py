@@ -375,11 +375,20 @@ def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
         topology.devices_of("v5p:4x4x4")
 
 
-def test_the_command_says_in_one_line_what_it_cannot_compile_for(python: Callable[..., Any]):
-    found = python("-m", "jaxlib_methods.train", "--compile_only", "--topology=v5p",
-                   "--preset=transformer_tiny")  # fmt: skip
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ("--compile_only", "--topology=v5p is not KIND:SHAPE"),
+        ("--seed=1", "--topology and --search are for --compile_only; add it\n"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(
+    python: Callable[..., Any], given: str, error: str
+):
+    run = ("-m", "jaxlib_methods.train", "--preset=transformer_tiny", "--topology=v5p", given)
+    found = python(*run)
     assert (found.returncode, found.stdout) == (1, "")
-    assert found.stderr.startswith("error: --topology=v5p is not KIND:SHAPE")
+    assert found.stderr.startswith(f"error: {error}")
     assert found.stderr.count("\n") == 1
 
 
