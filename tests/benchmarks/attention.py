@@ -53,9 +53,10 @@ def _index(query: jax.Array) -> jax.Array:
 def _tiles(arrays: Any) -> jax.Array:
     query, key, value = arrays
     index = _index(query)
-    at = {"positions": index, "segments": jnp.ones_like(index)}
+    at: dict[str, Any] = {"positions": index, "segments": jnp.ones_like(index)}
+    implementation: Any = IMPLEMENTATION.value
     context = Keys(key, value, *at.values())
-    return attention(query, context, implementation=IMPLEMENTATION.value, **at)[0]
+    return attention(query, context, implementation=implementation, **at)[0]
 
 
 def _all_scores(arrays: Any) -> jax.Array:
@@ -71,7 +72,7 @@ def _jax_nn(arrays: Any) -> jax.Array:
 def _query_tiles(arrays: Any) -> jax.Array:
     query, key, value = arrays
     index = _index(query)
-    at = {"positions": index, "segments": jnp.ones_like(index)}
+    at: dict[str, Any] = {"positions": index, "segments": jnp.ones_like(index)}
     return tiled_attention(query, Keys(key, value, *at.values()), **at)
 
 
