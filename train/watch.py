@@ -1,10 +1,10 @@
 """Where the time of a run goes: seconds of each part, and steps that take far too long."""
 
 import contextlib
-import faulthandler
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -15,6 +15,17 @@ import jax
 LEAST_SECS = 60.0  # nothing shorter is too long for a step
 _KEPT_STEPS = 100
 _CHECK_SECS = 1.0
+
+
+def _stacks() -> str:
+    """Where every thread of Python stands, the main one first."""
+    frames = sys._current_frames()  # faulthandler would leave out all but a hundred threads
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main = threading.main_thread().ident
+    return "\n".join(
+        f"{names.get(ident, 'a thread')}:\n{''.join(traceback.format_stack(frames[ident]))}"
+        for ident in sorted(frames, key=lambda ident: ident != main)
+    )
 
 
 class Stopwatch:
@@ -89,11 +100,10 @@ class Watchdog:
         self._last = None
         print(
             f"process {jax.process_index()}: a step has taken {secs:.0f} s, the last ones took "
-            f"{usual:.2f} s; where its threads stand:",
+            f"{usual:.2f} s; where its threads stand:\n{_stacks()}",
             file=sys.stderr,
             flush=True,
         )
-        faulthandler.dump_traceback(sys.stderr)
         return True
 
     def _watch(self) -> None:
