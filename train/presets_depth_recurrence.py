@@ -53,7 +53,7 @@ def _depth_recurrence_3p5b() -> RunConfig:
             weight_decay=1.0,
         ),
         checkpoint=CheckpointConfig(every=500),
-        mesh=MeshConfig(data=1, fsdp=-1),
+        mesh=MeshConfig(data=-1, fsdp=32),  # 5280 features are no multiple of 64
         method_config=DepthRecurrenceConfig(eval_steps=(1, 4, 8, 16, 64)),
     )
 
