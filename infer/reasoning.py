@@ -154,10 +154,13 @@ def _source(restored: Restored) -> str | None:
     """The model that a run began with, where it is still there."""
     assert restored.config is not None
     source = prepare.start_of(restored.config)
+    if source is None:
+        return None
     try:
-        return source and checkpoint.load_pretrained(source, weights=False) and source
+        checkpoint.load_pretrained(source, weights=False)
     except FileNotFoundError:
         return None
+    return source
 
 
 def _context(restored: Restored, data: DataConfig) -> Context:

@@ -25,16 +25,10 @@ from jaxlib_methods.train.checkpoint import Checkpoints, Record
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("compile_sooner")
 GREEDY = SamplingConfig(temperature=0.0)
 PROMPTS = ["01101001=", "1=", "0000="]
 ASKED = ReasonConfig(budget=4, temperature=0.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_sooner() -> Any:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run_of(restored: Restored) -> RunConfig:

@@ -33,15 +33,9 @@ from jaxlib_methods.train.checkpoint import Checkpoints, Record
 from jaxlib_methods.train.config import CheckpointConfig, RunConfig
 from jaxlib_methods.train.state import TrainState
 
+pytestmark = pytest.mark.usefixtures("compile_sooner")
 BUDGETS = (0, 1, 3, 6)
 THINK, CLOSE = 2, 3
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compile_sooner() -> Any:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run_of(restored: Restored) -> RunConfig:

@@ -46,15 +46,19 @@ def test_a_killed_process_keeps_nobody_out(tmp_path):
         assert str(os.getpid()) in path.read_text()
 
 
-def test_a_bucket_has_no_locks():
+def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where a folder `gs:` would be made
     with lock.hold("gs://bucket/run"), lock.hold("gs://bucket/run"):
-        pass
+        assert not list(tmp_path.iterdir())
 
 
 def test_nor_has_every_file_system(tmp_path, monkeypatch):
+    asked = []
+
     def refuse(file, how):
+        asked.append(how)
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with lock.hold(tmp_path), lock.hold(tmp_path):
-        pass
+        assert len(asked) == 2
