@@ -24,7 +24,7 @@ from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.tasks import corruption
 from jaxlib_methods.tasks.images import Images
 from jaxlib_methods.tasks.restoration import RestorationConfig
-from jaxlib_methods.train import checkpoint
+from jaxlib_methods.train import run_record
 
 PASSES = (1, 2, 3, 5, 10)
 NUM_IMAGES = 128
@@ -174,7 +174,7 @@ def with_baseline(workdir: str, restored: Restored, *, mesh: Mesh) -> dict[str, 
     assert restored.config is not None
     runs = {restored.config.method: restored}
     folder = epath.Path(workdir).expanduser() / "baseline"
-    if checkpoint.read_record(folder) is not None and checkpoint.has_checkpoint(folder):
+    if run_record.read_record(folder) is not None and run_record.has_checkpoint(folder):
         found = restore.restore(str(folder), mesh=mesh)
         assert found.config is not None
         runs[found.config.method] = found

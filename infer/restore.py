@@ -21,7 +21,7 @@ from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import KVCache, Outputs, forward
 from jaxlib_methods.thinking import ThinkConfig
 from jaxlib_methods.thinking_text import Thinker
-from jaxlib_methods.train import checkpoint
+from jaxlib_methods.train import checkpoint, run_record
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
 
@@ -143,7 +143,7 @@ def check(
     """
     folder = epath.Path(workdir).expanduser()
     flags = {"think": think or {}, "depth": depth or {}, "reason": reason or {}}
-    if checkpoint.checkpoints_folder(folder).exists():
+    if run_record.checkpoints_folder(folder).exists():
         config = _read_record(folder).config
         model = config.model
     else:
@@ -173,7 +173,7 @@ def restore(
     """
     folder = epath.Path(workdir).expanduser()
     flags = {"think": think or {}, "depth": depth or {}}
-    if checkpoint.checkpoints_folder(folder).exists():
+    if run_record.checkpoints_folder(folder).exists():
         found = _restore_run(folder, mesh, step, flags)
     elif step is not None:
         raise ValueError(f"--step={step} is for a run; {workdir} holds no checkpoints")
@@ -185,10 +185,10 @@ def restore(
 _Flags = dict[str, Mapping[str, Any]]
 
 
-def _read_record(folder: epath.Path) -> checkpoint.Record:
-    record = checkpoint.read_record(folder)
+def _read_record(folder: epath.Path) -> run_record.Record:
+    record = run_record.read_record(folder)
     if record is None:
-        raise FileNotFoundError(f"{folder} holds no run: it has no {checkpoint.CONFIG_FILE}")
+        raise FileNotFoundError(f"{folder} holds no run: it has no {run_record.CONFIG_FILE}")
     return record
 
 
@@ -202,7 +202,7 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags
             f"data.tokenizer={config.data.tokenizer} has changed since the run in {folder} was "
             "trained; its ids mean something else now"
         )
-    with ocp.training.Checkpointer(checkpoint.checkpoints_folder(folder)) as checkpointer:
+    with ocp.training.Checkpointer(run_record.checkpoints_folder(folder)) as checkpointer:
         steps = sorted(int(found.step) for found in checkpointer.checkpoints)
         if not steps:
             raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish one")
@@ -220,7 +220,7 @@ def _restore_huggingface(folder: epath.Path, mesh: Mesh, flags: _Flags) -> Resto
     model = checkpoint.load_pretrained(str(folder), weights=False).config
     kinds.check_flags(folder, kinds.kind_of(None, model), **flags)
     found = checkpoint.load_pretrained(str(folder), mesh=mesh)
-    values = json.loads((folder / checkpoint.CONFIG_FILE).read_text())
+    values = json.loads((folder / run_record.CONFIG_FILE).read_text())
     ends = values.get("eos_token_id")
     ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
     if values.get(checkpoint.TOKENIZER_KEY) == "bytes":

@@ -20,7 +20,16 @@ LINKED = tuple(folder for folder in ORDER if folder != "jaxlib_methods")
 # What infer reads of the trainer: what a run was and what it left, never its loop.
 READ_BY_INFER = {
     f"jaxlib_methods.train.{name}"
-    for name in ("config", "flags", "tokenizer", "data", "checkpoint", "entropies", "prepare")
+    for name in (
+        "config",
+        "flags",
+        "tokenizer",
+        "data",
+        "checkpoint",
+        "run_record",
+        "entropies",
+        "prepare",
+    )
 }
 
 EXTRAS = (

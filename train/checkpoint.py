@@ -8,14 +8,14 @@ data is the step.
 """
 
 import contextlib
-import dataclasses
 import functools
-import json
+import gc
 import logging
-import os
+import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
@@ -26,187 +26,18 @@ from jaxlib_methods import registry
 from jaxlib_methods.method import Pretrained
 from jaxlib_methods.models import huggingface, huggingface_config, partitioning
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.train.config import RunConfig, from_dict, to_dict
+from jaxlib_methods.train import run_record
+from jaxlib_methods.train.config import RunConfig
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 from jaxlib_methods.train.tokenizer import load_tokenizer
 
-CONFIG_FILE = "config.json"
-FOLDER = "checkpoints"
 TOKENIZER_KEY = "jaxlib_methods_tokenizer"  # in an exported config.json: `bytes` has no file
-FORMAT = 1  # of the record; a newer one is refused
-
-# What must agree for a run to be continued: everything else may change between starts.
-IDENTITY = ("method", "seed", "model", "method_config")
-# These change memory and time, or what is measured, but not what is trained.
-NOT_IDENTITY = ("remat", "memory", "max_candidate_gib", "eval_noise")
-DATA_IDENTITY = (
-    "source", "weights", "text_field", "tokenizer", "validation_source", "validation_fraction",
-    "sequence_length", "batch_size", "shuffle_seed",
-)  # fmt: skip
-
-
-class Record(NamedTuple):
-    """What a checkpoint says about its run."""
-
-    config: RunConfig
-    tokenizer: str  # fingerprint
-    corpus: str  # fingerprint
-    until: int | None = None  # the step at which the method becomes another
-    pretrained: str = ""  # versions of the finished models that the method reads
-
-
-def write_config(workdir: epath.PathLike, record: Record) -> None:
-    """Writes WORKDIR/config.json, in one piece."""
-    path = epath.Path(workdir) / CONFIG_FILE
-    partial = path.with_name(CONFIG_FILE + ".partial")
-    partial.write_text(json.dumps(_to_json(record), indent=1) + "\n")
-    partial.replace(path)
-
-
-def read_record(workdir: epath.PathLike) -> Record | None:
-    """The record in WORKDIR/config.json, or None where there is no such file.
-
-    Raises ValueError where the file is not a run's, or belongs to checkpoints and is missing.
-    """
-    path = epath.Path(workdir) / CONFIG_FILE
-    if not path.exists():
-        if has_checkpoint(workdir):
-            raise ValueError(
-                f"{workdir} holds checkpoints, but the {CONFIG_FILE} of their run is gone"
-            )
-        return None
-    values = _read_json(path)
-    if not {"format", "run", "tokenizer", "corpus"} <= values.keys():
-        raise ValueError(f"{path} does not describe a run of this library")
-    if values["format"] > FORMAT:
-        raise ValueError(
-            f"{path} has format {values['format']}, this version reads up to {FORMAT}; "
-            "install a newer jaxlib-methods"
-        )
-    try:
-        return Record(
-            from_dict(values["run"]),
-            values["tokenizer"],
-            values["corpus"],
-            values.get("until"),
-            values.get("pretrained", ""),
-        )
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} does not describe a run of this version: {error}") from error
-
-
-def _read_json(path: epath.Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} is not a JSON object")
-    return values
-
-
-def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
-    """WORKDIR/checkpoints as an absolute path: Orbax fails on a relative one, in mid-save."""
-    folder = epath.Path(workdir).expanduser() / FOLDER
-    return folder if "://" in str(folder) else epath.Path(os.path.abspath(folder))
-
-
-def has_checkpoint(workdir: epath.PathLike) -> bool:
-    """Whether a run has a whole checkpoint; one that is being written has another name."""
-    return bool(_newest(epath.Path(workdir)))
-
-
-def _newest(workdir: epath.Path) -> str:
-    folder = checkpoints_folder(workdir)
-    names = [step.name for step in folder.iterdir()] if folder.exists() else []
-    steps = [int(name) for name in names if name.isdigit()]
-    return f"step {max(steps)}" if steps else ""
-
-
-def _to_json(record: Record) -> dict[str, Any]:
-    return {
-        "format": FORMAT,
-        "run": to_dict(record.config),
-        "tokenizer": record.tokenizer,
-        "corpus": record.corpus,
-        "until": record.until,
-        "pretrained": record.pretrained,
-    }
-
-
-def check_same_run(
-    saved: Record, current: Record, *, where: object, stateful: bool = False
-) -> None:
-    """Raises ValueError naming the first value in which a saved run is another than this one.
-
-    stateful: the method has a state, whose rows are those of a micro-batch.
-    """
-    old, new = to_dict(saved.config), to_dict(current.config)
-    pairs = [(name, old[name], new[name]) for name in IDENTITY]
-    pairs += [(f"data.{name}", old["data"][name], new["data"][name]) for name in DATA_IDENTITY]
-    sections = [("optimizer", "name"), *([("train", "num_microbatches")] if stateful else [])]
-    pairs += [(f"{part}.{name}", old[part][name], new[part][name]) for part, name in sections]
-    for name, before, now in pairs:
-        if isinstance(before, dict) and isinstance(now, dict):
-            section = new["method"] if name == "method_config" else name
-            keys = [key for key in {**before, **now} if key not in NOT_IDENTITY]
-            differing = [key for key in keys if before.get(key) != now.get(key)]
-            if not differing:
-                continue
-            key = differing[0]
-            name, before, now = f"{section}.{key}", before.get(key), now.get(key)
-        if before != now:
-            raise ValueError(
-                f"{where} belongs to a run with {name}={before}, this run has {name}={now}; "
-                "give another --workdir, or the same value"
-            )
-    if saved.until != current.until:
-        raise ValueError(
-            f"the run in {where} ends its method's first part at step {saved.until}, this run at "
-            f"{current.until}, which follows from train.num_steps; give the same length, or that "
-            "step itself"
-        )
-    if saved.pretrained != current.pretrained:
-        raise ValueError(
-            f"the finished model that {where} learns from has changed since then, from "
-            f"{saved.pretrained!r} to {current.pretrained!r}; give the same model, or another "
-            "--workdir"
-        )
-    if saved.tokenizer != current.tokenizer or saved.corpus != current.corpus:
-        what = "corpus" if saved.tokenizer == current.tokenizer else "tokenizer"
-        raise ValueError(
-            f"the {what} has changed since {where} was written: its position in the data would "
-            "mean other text; give another --workdir (--checkpoint.init_from keeps the weights)"
-        )
-
-
-def check_same_architecture(
-    saved: TransformerConfig, current: TransformerConfig, *, where: object
-) -> None:
-    """Raises ValueError naming the first value in which two models have other parameters.
-
-    How long a recurrent model iterates is no part of its parameters, that it does is.
-    """
-    ignored = ["compute_dtype", "param_dtype", "remat", "kernel_init"]
-    ignored += ["recurrence_sampling", "backprop_steps"]
-    if current.positions != "learned":
-        ignored.append("max_length")
-    if saved.recurrence and current.recurrence:
-        ignored.append("recurrence")
-    if not saved.recurrence and not current.recurrence:
-        ignored += ["prelude_layers", "coda_layers", "injection"]
-    for field in dataclasses.fields(TransformerConfig):
-        before, now = getattr(saved, field.name), getattr(current, field.name)
-        if before != now and field.name not in ignored:
-            raise ValueError(
-                f"the model in {where} has model.{field.name}={before}, this run has {now}; "
-                "give the same value"
-            )
 
 
 def restore_run(workdir: epath.PathLike, abstract: TrainState, config: RunConfig) -> TrainState:
     """The newest state of another run, to go on from here. Raises ValueError like `load`."""
-    with ocp.training.Checkpointer(checkpoints_folder(workdir)) as checkpointer:
+    with ocp.training.Checkpointer(run_record.checkpoints_folder(workdir)) as checkpointer:
         return _load_state(checkpointer, abstract, config)
 
 
@@ -223,20 +54,31 @@ def load(
     try:
         return checkpointer.load_checkpointables(step, abstract)
     except Exception as error:  # Orbax and tensorstore raise many kinds
-        cause = error.__cause__ or error.__context__ or error
+        cause = str(error.__cause__ or error.__context__ or error)
+        _drop_reads(error)
         before = [known for known in steps if known < step]
         then = f"step {before[-1]}, the newest before it" if before else "the start"
         raise ValueError(
             f"the checkpoint {checkpointer.directory}/{step} cannot be read: "
-            f"{' '.join(str(cause).split())[:300]}; move that folder elsewhere to go on from {then}"
+            f"{' '.join(cause.split())[:300]}; move that folder elsewhere to go on from {then}"
         ) from error
+
+
+def _drop_reads(error: BaseException | None) -> None:
+    """Frees the reads that Orbax never began; Python would warn of each of them later."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        while error is not None:
+            traceback.clear_frames(error.__traceback__)
+            error = error.__cause__ or error.__context__
+        gc.collect()
 
 
 class Checkpoints:
     """The checkpoints of one run. A context manager; leaving it waits for a save under way."""
 
     def __init__(self, workdir: epath.PathLike, *, keep: int, record: Record) -> None:
-        self._folder = checkpoints_folder(workdir)
+        self._folder = run_record.checkpoints_folder(workdir)
         self._record = record
         _hide_tracebacks()
         with self._one_error():
@@ -264,7 +106,7 @@ class Checkpoints:
             self._checkpointer.save_checkpointables_async(
                 step,
                 {"params": params, "optimizer": optimizer},
-                custom_metadata=_to_json(self._record),
+                custom_metadata=run_record.to_json(self._record),
             )
 
     def restore(self, abstract: TrainState) -> TrainState:
@@ -351,13 +193,13 @@ def load_pretrained(
     Raises FileNotFoundError or ValueError where the folder holds no model.
     """
     folder = epath.Path(source).expanduser()
-    path = folder / CONFIG_FILE
+    path = folder / run_record.CONFIG_FILE
     if not path.exists():
         raise FileNotFoundError(
-            f"{source} holds no model: there is no {CONFIG_FILE}; give a run's workdir or a "
-            "Hugging Face folder"
+            f"{source} holds no model: there is no {run_record.CONFIG_FILE}; give a run's workdir "
+            "or a Hugging Face folder"
         )
-    values = _read_json(path)
+    values = run_record.read_json(path)
     if "model_type" in values:
         return _load_huggingface(folder, values, mesh, weights, dtype)
     return _load_run(folder, mesh, weights, dtype)
@@ -373,19 +215,19 @@ def is_language_model(config: RunConfig) -> bool:
 def _load_run(
     folder: epath.Path, mesh: Mesh | None, weights: bool, dtype: str | None
 ) -> Pretrained:
-    record = read_record(folder)
+    record = run_record.read_record(folder)
     assert record is not None
     if not is_language_model(record.config):
         raise ValueError(
             f"the run in {folder} trains a model of the method {record.config.method}, not a plain "
             "transformer; give the run of another method, or a Hugging Face folder"
         )
-    if not has_checkpoint(folder):
+    if not run_record.has_checkpoint(folder):
         raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish first")
     if not weights:
-        return Pretrained(record.config.model, None, record.tokenizer, _newest(folder))
+        return Pretrained(record.config.model, None, record.tokenizer, run_record.newest(folder))
     assert mesh is not None
-    with ocp.training.Checkpointer(checkpoints_folder(folder)) as checkpointer:
+    with ocp.training.Checkpointer(run_record.checkpoints_folder(folder)) as checkpointer:
         abstract = abstract_run_params(record.config, mesh)
         params = load(checkpointer, None, {"params": abstract})["params"]
     return Pretrained(record.config.model, _cast(params, dtype), record.tokenizer)

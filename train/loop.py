@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from jaxlib_methods.method import Method
 from jaxlib_methods.models import partitioning
-from jaxlib_methods.train import checkpoint, data, distributed, lock, metrics, report
+from jaxlib_methods.train import checkpoint, data, distributed, lock, metrics, report, run_record
 from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train import step as train_step
 from jaxlib_methods.train.checkpoint import Checkpoints
@@ -87,7 +87,7 @@ def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
         if (checkpoints.latest_step or 0) < config.train.num_steps:
             state = _first_state(config, method, placed, checkpoints)
             if jax.process_index() == 0:
-                checkpoint.write_config(config.workdir, prepared.record)
+                run_record.write_config(config.workdir, prepared.record)
             _Loop(prepared, placed, mesh, checkpoints, stop).run(state, started)
 
 

@@ -21,12 +21,12 @@ from jaxlib_methods.method import (
     Pretrained,
 )
 from jaxlib_methods.models import partitioning
-from jaxlib_methods.train import checkpoint, data, entropies, metrics
-from jaxlib_methods.train.checkpoint import Record
+from jaxlib_methods.train import checkpoint, data, entropies, metrics, run_record
 from jaxlib_methods.train.config import DataConfig, MeshConfig, RunConfig
 from jaxlib_methods.train.corpus import Split
 from jaxlib_methods.train.data import TextDataset
 from jaxlib_methods.train.optimizer import make_optimizer, make_schedule
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState, abstract_state
 from jaxlib_methods.train.step import TrainStep, make_train_step
 from jaxlib_methods.train.tokenizer import Tokenizer, load_tokenizer
@@ -239,7 +239,7 @@ def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
                 "of its own"
             )
         found = checkpoint.load_pretrained(weights, weights=False)
-        checkpoint.check_same_architecture(found.config, config.model, where=weights)
+        run_record.check_same_architecture(found.config, config.model, where=weights)
         if found.tokenizer not in (None, tokenizer.fingerprint):
             raise ValueError(
                 f"the model in {weights} was trained with tokenizer {found.tokenizer}, this run "
@@ -258,17 +258,17 @@ def _make_folder(workdir: str) -> None:
 
 
 def _check_records(config: RunConfig, record: Record, *, stateful: bool) -> None:
-    saved = checkpoint.read_record(config.workdir)
+    saved = run_record.read_record(config.workdir)
     if saved is not None:
-        checkpoint.check_same_run(saved, record, where=config.workdir, stateful=stateful)
+        run_record.check_same_run(saved, record, where=config.workdir, stateful=stateful)
     given = config.checkpoint.restore_from
     if given is not None:
-        other = checkpoint.read_record(given)
-        if other is None or not checkpoint.has_checkpoint(given):
+        other = run_record.read_record(given)
+        if other is None or not run_record.has_checkpoint(given):
             raise FileNotFoundError(
                 f"checkpoint.restore_from={given} holds no run with a checkpoint"
             )
-        checkpoint.check_same_run(other, record, where=given, stateful=stateful)
+        run_record.check_same_run(other, record, where=given, stateful=stateful)
 
 
 class Placed(NamedTuple):

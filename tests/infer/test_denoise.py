@@ -129,8 +129,8 @@ def test_the_baseline_beside_a_run_is_measured_with_it(tmp_path, monkeypatch):
         return diffusion
 
     monkeypatch.setattr(denoise.restore, "restore", restore)
-    monkeypatch.setattr(denoise.checkpoint, "read_record", lambda folder: object())
-    monkeypatch.setattr(denoise.checkpoint, "has_checkpoint", lambda folder: True)
+    monkeypatch.setattr(denoise.run_record, "read_record", lambda folder: object())
+    monkeypatch.setattr(denoise.run_record, "has_checkpoint", lambda folder: True)
     found = denoise.with_baseline(str(tmp_path), energy, mesh=energy.mesh)
     assert list(found) == ["energy_image", "diffusion_image"]
     assert asked == [str(tmp_path / "baseline")]

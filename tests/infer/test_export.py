@@ -14,7 +14,7 @@ from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored, restore
 from jaxlib_methods.models import language_model, partitioning
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.train import checkpoint
+from jaxlib_methods.train import checkpoint, run_record
 
 
 def asked(output: Path) -> InferConfig:
@@ -24,7 +24,7 @@ def asked(output: Path) -> InferConfig:
 def test_exported_folder_holds_the_same_model(restored_on_eight: Restored, tmp_path: Path) -> None:
     export.run(asked(tmp_path / "out"), restored_on_eight)
     found = checkpoint.load_pretrained(str(tmp_path / "out"), mesh=restored_on_eight.mesh)
-    checkpoint.check_same_architecture(found.config, restored_on_eight.model, where="out")
+    run_record.check_same_architecture(found.config, restored_on_eight.model, where="out")
     jax.tree.map(np.testing.assert_array_equal, found.params, restored_on_eight.params)
     values = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (values["bos_token_id"], values["eos_token_id"]) == (0, [0])

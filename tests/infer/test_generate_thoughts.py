@@ -20,9 +20,10 @@ from jaxlib_methods.models import decoding
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.rollouts import roll_out
 from jaxlib_methods.tasks import parity
-from jaxlib_methods.train import checkpoint
-from jaxlib_methods.train.checkpoint import Checkpoints, Record
+from jaxlib_methods.train import run_record
+from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import RunConfig
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_sooner")
@@ -117,7 +118,7 @@ def workdir(restored_thoughts: Restored, tmp_path_factory: pytest.TempPathFactor
     folder = str(tmp_path_factory.mktemp("run"))
     run = dataclasses.replace(run_of(restored_thoughts), workdir="elsewhere")
     record = Record(run, restored_thoughts.tokenizer.fingerprint, "corpus")
-    checkpoint.write_config(folder, record)
+    run_record.write_config(folder, record)
     with Checkpoints(folder, keep=1, record=record) as checkpoints:
         count = {"count": jnp.array(10)}
         checkpoints.save(TrainState(jnp.array(10), restored_thoughts.params, count))

@@ -28,9 +28,10 @@ from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.decoding import Stream, stream_key
 from jaxlib_methods.models.transformer import forward
 from jaxlib_methods.tasks import parity
-from jaxlib_methods.train import checkpoint
-from jaxlib_methods.train.checkpoint import Checkpoints, Record
+from jaxlib_methods.train import run_record
+from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import CheckpointConfig, RunConfig
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 
 pytestmark = pytest.mark.usefixtures("compile_sooner")
@@ -223,7 +224,7 @@ def text(restored_thoughts: Restored, tmp_path_factory: pytest.TempPathFactory) 
     start = RunConfig(model=restored.model, data=config.data, workdir=str(folder / "start"))
     record = Record(start, "bytes", "corpus")
     Path(start.workdir).mkdir()
-    checkpoint.write_config(start.workdir, record)
+    run_record.write_config(start.workdir, record)
     with Checkpoints(start.workdir, keep=1, record=record) as checkpoints:
         params = jax.tree.map(lambda p: 0.5 * p, restored.params)
         checkpoints.save(TrainState(jnp.array(3), params, {"count": jnp.array(3)}))

@@ -22,9 +22,10 @@ from jaxlib_methods.infer.restore import Restored, restore
 from jaxlib_methods.models import huggingface, partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.decoding import SamplingConfig
-from jaxlib_methods.train import checkpoint
-from jaxlib_methods.train.checkpoint import Checkpoints, Record
+from jaxlib_methods.train import run_record
+from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import DataConfig, RunConfig
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -45,7 +46,7 @@ def workdir(restored_on_eight: Restored, tmp_path_factory: pytest.TempPathFactor
     folder = str(tmp_path_factory.mktemp("run"))
     run = RunConfig(model=restored_on_eight.model, data=DataConfig(sequence_length=64))
     record = Record(run, restored_on_eight.tokenizer.fingerprint, "corpus")
-    checkpoint.write_config(folder, record)
+    run_record.write_config(folder, record)
     with Checkpoints(folder, keep=2, record=record) as checkpoints:
         for step, scale in ((10, 1.0), (20, 0.5)):
             params = jax.tree.map(lambda p, s=scale: s * p, restored_on_eight.params)
@@ -80,12 +81,12 @@ def test_what_is_not_there_is_named(workdir: str, tmp_path: Path):
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(FileNotFoundError, match=r"holds no run: it has no config.json"):
         restore(str(tmp_path), mesh=one_device())
-    record = checkpoint.read_record(workdir)
+    record = run_record.read_record(workdir)
     assert record is not None
-    checkpoint.write_config(tmp_path, record)
+    run_record.write_config(tmp_path, record)
     with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
         restore(str(tmp_path), mesh=one_device())
-    checkpoint.write_config(tmp_path, record._replace(tokenizer="another"))
+    run_record.write_config(tmp_path, record._replace(tokenizer="another"))
     with pytest.raises(ValueError, match=r"data.tokenizer=bytes has changed"):
         restore(str(tmp_path), mesh=one_device())
 
@@ -157,8 +158,8 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_are_read(
     cfg = TransformerConfig(
         num_layers=3, embed_dim=16, num_heads=2, recurrence=4, injection="none", block="sandwich"
     )
-    checkpoint.write_config(tmp_path, Record(RunConfig(model=cfg), "bytes", "corpus"))
-    checkpoint.checkpoints_folder(tmp_path).mkdir()
+    run_record.write_config(tmp_path, Record(RunConfig(model=cfg), "bytes", "corpus"))
+    run_record.checkpoints_folder(tmp_path).mkdir()
     given = {"prompt": ("x",)} if mode == "generate" else {}
     asked = InferConfig(workdir=str(tmp_path), mode=mode, output="out", **given, **flags)
 

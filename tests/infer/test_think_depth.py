@@ -18,9 +18,10 @@ from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.infer.think_depth import Frontier
 from jaxlib_methods.models import depth_recurrent, partitioning
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.train import checkpoint
-from jaxlib_methods.train.checkpoint import Checkpoints, Record
+from jaxlib_methods.train import run_record
+from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import DataConfig, RunConfig
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
@@ -174,7 +175,7 @@ def test_a_run_is_restored_and_its_table_json_and_drawing_are_written(
 ):
     pytest.importorskip("matplotlib", reason="extra `plot` is not installed")
     record = Record(RUN, run.tokenizer.fingerprint, "questions")
-    checkpoint.write_config(tmp_path, record)
+    run_record.write_config(tmp_path, record)
     with Checkpoints(str(tmp_path), keep=1, record=record) as checkpoints:
         checkpoints.save(TrainState(jnp.array(5), run.params, {"count": jnp.array(5)}))
     again = restore.restore(str(tmp_path), mesh=run.mesh)

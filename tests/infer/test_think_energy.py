@@ -24,9 +24,10 @@ from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.models import huggingface, partitioning
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.thinking import ThinkConfig
-from jaxlib_methods.train import checkpoint, data, flags
-from jaxlib_methods.train.checkpoint import Checkpoints, Record
+from jaxlib_methods.train import data, flags, run_record
+from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import DataConfig
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 
 ASKED = ThinkConfig(num_steps=3, num_candidates=2, stop="energy", tolerance=5.0)
@@ -61,7 +62,7 @@ def workdir(
     assert restored_energy.config is not None
     run = dataclasses.replace(restored_energy.config, data=cfg)
     record = Record(run, restored_energy.tokenizer.fingerprint, "corpus")
-    checkpoint.write_config(folder, record)
+    run_record.write_config(folder, record)
     with Checkpoints(folder, keep=1, record=record) as checkpoints:
         state = TrainState(jnp.array(7), restored_energy.params, {"count": jnp.array(7)})
         checkpoints.save(state)
@@ -249,11 +250,11 @@ def test_what_another_run_cannot_do_is_refused_in_one_line(
     with pytest.raises(ValueError, match=r"--think.noise is for an energy run; .*hf is a plain la"):
         restore.restore(str(tmp_path / "hf"), mesh=mesh, think={"noise": 1.0})
     assert restored_energy.config is not None
-    record = checkpoint.read_record(workdir)
+    record = run_record.read_record(workdir)
     assert record is not None
     run = dataclasses.replace(record.config, method="next_token", method_config=None)
     (tmp_path / "checkpoints").mkdir()
-    checkpoint.write_config(tmp_path, record._replace(config=run))
+    run_record.write_config(tmp_path, record._replace(config=run))
     with pytest.raises(ValueError, match=r"--think.stop is for an energy run; .* is a plain lang"):
         restore.restore(str(tmp_path), mesh=mesh, think={"stop": "energy"})
     with pytest.raises(ValueError, match=r"--depth.exit is for a language model that is recurr"):

@@ -21,9 +21,10 @@ from jaxlib_methods.infer.think_language_report import Thinking
 from jaxlib_methods.method import Batch
 from jaxlib_methods.models import decoding, partitioning, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.train import checkpoint, data
-from jaxlib_methods.train.checkpoint import Checkpoints, Record
+from jaxlib_methods.train import data, run_record
+from jaxlib_methods.train.checkpoint import Checkpoints
 from jaxlib_methods.train.config import DataConfig, RunConfig
+from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
@@ -251,7 +252,7 @@ def test_a_run_is_restored_with_its_depth_and_all_is_written(
     pytest.importorskip("matplotlib", reason="extra `plot` is not installed")
     assert restored.config is not None
     record = Record(restored.config, restored.tokenizer.fingerprint, "corpus")
-    checkpoint.write_config(tmp_path, record)
+    run_record.write_config(tmp_path, record)
     with Checkpoints(str(tmp_path), keep=1, record=record) as checkpoints:
         checkpoints.save(TrainState(jnp.array(7), restored.params, {"count": jnp.array(7)}))
     flags = {"num_steps": MOST, "exit": "latent", "tolerance": 0.2}

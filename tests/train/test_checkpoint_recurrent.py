@@ -12,7 +12,7 @@ from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import huggingface, language_model, partitioning
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.train import checkpoint, loop
+from jaxlib_methods.train import checkpoint, loop, run_record
 from jaxlib_methods.train.config import RunConfig
 
 SIZES = {"num_layers": 3, "embed_dim": 16, "num_heads": 2, "mlp_dim": 32, "max_length": 16}
@@ -35,7 +35,7 @@ def test_how_long_a_model_iterates_is_no_part_of_its_architecture():
     other = dataclasses.replace(
         RECURRENT, recurrence=8, backprop_steps=4, recurrence_sampling="fixed", kernel_init="takase"
     )
-    checkpoint.check_same_architecture(other, RECURRENT, where="w")
+    run_record.check_same_architecture(other, RECURRENT, where="w")
     for change, message in (
         ({"recurrence": 0, "backprop_steps": None}, r"model\.recurrence=0, this run has 2"),
         ({"injection": "add"}, r"model\.injection=add, this run has linear"),
@@ -45,18 +45,18 @@ def test_how_long_a_model_iterates_is_no_part_of_its_architecture():
     ):
         changed = dataclasses.replace(RECURRENT, **change)
         with pytest.raises(ValueError, match=message):
-            checkpoint.check_same_architecture(changed, RECURRENT, where="w")
+            run_record.check_same_architecture(changed, RECURRENT, where="w")
     # Of a plain model they say nothing.
     plain = dataclasses.replace(RECURRENT, recurrence=0, backprop_steps=None)
     idle = dataclasses.replace(plain, injection="add", prelude_layers=0, coda_layers=0)
-    checkpoint.check_same_architecture(idle, plain, where="w")
+    run_record.check_same_architecture(idle, plain, where="w")
 
 
 def test_a_recurrent_folder_is_a_finished_model(tmp_path):
     params = write_recurrent(tmp_path / "huginn")
     found = checkpoint.load_pretrained(str(tmp_path / "huginn"), weights=False)
     assert found.params is None
-    checkpoint.check_same_architecture(found.config, RECURRENT, where="huginn")
+    run_record.check_same_architecture(found.config, RECURRENT, where="huginn")
     assert (found.config.recurrence, found.config.backprop_steps) == (2, 1)
     mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
     found = checkpoint.load_pretrained(str(tmp_path / "huginn"), mesh=mesh, dtype="bfloat16")

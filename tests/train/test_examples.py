@@ -14,7 +14,7 @@ from jaxlib_methods.energy_image import EnergyImageConfig
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.next_token import NextTokenConfig
 from jaxlib_methods.tasks.images import ImageDataset
-from jaxlib_methods.train import checkpoint, data, loop, plots, prepare, report
+from jaxlib_methods.train import data, loop, plots, prepare, report, run_record
 
 SPEC = partitioning.batch_spec()
 TINY = EnergyImageConfig(image_size=8, patch_size=4, channels=1, step_size=40.0)
@@ -124,7 +124,7 @@ def test_a_run_trains_resumes_and_ends_in_a_table(tiny, tmp_path, one_device, co
         for name in ("whole", "parts")
     ]
     assert curves[0][1][-1] == curves[1][1][-1]
-    record = checkpoint.read_record(tmp_path / "whole")
+    record = run_record.read_record(tmp_path / "whole")
     assert record is not None
     assert record.config.method_config == TINY
 

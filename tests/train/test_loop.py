@@ -21,7 +21,16 @@ from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import huggingface
 from jaxlib_methods.models.partitioning import make_mesh
-from jaxlib_methods.train import checkpoint, lock, loop, metrics, prepare, presets, report
+from jaxlib_methods.train import (
+    checkpoint,
+    lock,
+    loop,
+    metrics,
+    prepare,
+    presets,
+    report,
+    run_record,
+)
 from jaxlib_methods.train.config import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("compile_once", "one_device")
@@ -343,7 +352,7 @@ def test_teacher_first_then_student_then_baseline(tiny, tmp_path, monkeypatch, c
     assert any(line.startswith("late_to_early ") and "baseline's final" in line
                for line in out.out.splitlines())  # fmt: skip
     # The teacher reads the student's tokens, whatever its preset says.
-    record = checkpoint.read_record(tmp_path / "run" / "teacher")
+    record = run_record.read_record(tmp_path / "run" / "teacher")
     assert record is not None
     assert record.config.model.vocab_size == 257
     assert record.config.model.max_length == 16

@@ -25,7 +25,7 @@ from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.method import Batch, Context, Method, Pretrained
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import PUBLISHED, TransformerConfig
-from jaxlib_methods.train import checkpoint, presets
+from jaxlib_methods.train import checkpoint, presets, run_record
 from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train.config import (
     DataConfig,
@@ -110,12 +110,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The workdir of a finished run: a teacher as a user has one."""
     workdir = tmp_path_factory.mktemp("teacher")
     config = RunConfig(model=TEACHER, data=DataConfig(sequence_length=LENGTH))
-    record = checkpoint.Record(config, "bytes", "corpus")
+    record = run_record.Record(config, "bytes", "corpus")
     method = next_token.make(next_token.NextTokenConfig(), context_of(TEACHER, None))
     mesh = one_device()
     optimizer = make_optimizer(config.optimizer, 1)
     abstract = train_state.abstract_state(method, optimizer, mesh)
-    checkpoint.write_config(workdir, record)
+    run_record.write_config(workdir, record)
     with checkpoint.Checkpoints(workdir, keep=1, record=record) as checkpoints:
         checkpoints.save(train_state.create_state(method, optimizer, abstract, jax.random.key(5)))
     return str(workdir)
