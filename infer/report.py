@@ -9,16 +9,7 @@ from etils import epath
 
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored
-
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "font.size": 10,
-    "legend.framealpha": 1.0,
-    "legend.edgecolor": "none",
-}
+from jaxlib_methods.train.plots import STYLE
 
 
 def name(config: InferConfig, restored: Restored) -> str:

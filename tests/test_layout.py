@@ -29,6 +29,7 @@ READ_BY_INFER = {
         "run_record",
         "entropies",
         "prepare",
+        "plots",
     )
 }
 
