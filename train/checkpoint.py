@@ -80,6 +80,7 @@ class Checkpoints:
     def __init__(self, workdir: epath.PathLike, *, keep: int, record: Record) -> None:
         self._folder = run_record.checkpoints_folder(workdir)
         self._record = record
+        self._saving: Any = None  # Orbax's answer to the save under way
         _hide_tracebacks()
         with self._one_error():
             self._checkpointer = ocp.training.Checkpointer(
@@ -103,7 +104,7 @@ class Checkpoints:
             return
         params, optimizer = _items(state, self._record.config)
         with self._one_error():
-            self._checkpointer.save_checkpointables_async(
+            self._saving = self._checkpointer.save_checkpointables_async(
                 step,
                 {"params": params, "optimizer": optimizer},
                 custom_metadata=run_record.to_json(self._record),
@@ -119,14 +120,20 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for the save under way. Raises OSError where it could not be written."""
         with self._one_error():
+            self._end_save()
             self._checkpointer.wait()
+
+    def _end_save(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()  # without it Orbax keeps a thread and three descriptors for each save
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        with self._one_error():
-            self._checkpointer.close()
+        with self._one_error(), self._checkpointer:
+            self._end_save()
 
     @contextlib.contextmanager
     def _one_error(self) -> Iterator[None]:

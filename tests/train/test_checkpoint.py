@@ -4,7 +4,9 @@ import dataclasses
 import json
 import re
 import shutil
+import threading
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
@@ -322,3 +324,16 @@ def test_other_weights_of_a_folder_are_another_version(tmp_path):
     tail = {"lm_head.weight": np.array([[0, 0], [0, 1]], np.float32)}
     save_file(tail, other / "model.safetensors")
     assert huggingface.weights_version(one) != huggingface.weights_version(other)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+def test_a_save_leaves_no_descriptor_and_no_thread_behind(tmp_path):
+    abstract = abstract_on(mesh_of(1, 8, 1, 1))
+    held = []
+    with Checkpoints(tmp_path, keep=1, record=RECORD) as checkpoints:
+        for step in range(1, 5):
+            checkpoints.save(numbered(abstract, step=step))
+            checkpoints.wait()
+            held.append(len(list(Path("/proc/self/fd").iterdir())))
+            assert not [thread for thread in threading.enumerate() if "_run_loop" in thread.name]
+    assert held[-1] < held[0] + 6  # each save would leave three
