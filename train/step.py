@@ -22,7 +22,9 @@ def split_microbatches(batch: Any, num_microbatches: int) -> Any:
     """
 
     def split(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x.reshape(-1, num_microbatches, *x.shape[1:]), 0, 1)
+        # A field may be empty, such as the answers of rollouts that only think: no -1 here.
+        rows = x.shape[0] // num_microbatches
+        return jnp.swapaxes(x.reshape(rows, num_microbatches, *x.shape[1:]), 0, 1)
 
     return jax.tree.map(split, batch)
 

@@ -76,6 +76,7 @@ def test_a_microbatch_takes_every_nth_row():
     parts = split_microbatches(batch, 4)
     assert parts.where.shape == (4, 2, L)
     np.testing.assert_array_equal(parts.inputs[:, :, 0] // L, [[0, 4], [1, 5], [2, 6], [3, 7]])
+    assert split_microbatches(jnp.zeros((8, 3, 0)), 4).shape == (4, 2, 3, 0)
 
 
 def toy_loss(params, extra, batch, *, step, key):
