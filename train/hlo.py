@@ -109,6 +109,7 @@ class _Reader:
     def __init__(self, text: str, axes: Mapping[str, int], unknown_trips: float) -> None:
         self._axes, self._unknown_trips = axes, unknown_trips
         self._entry, self._computations = _parse(text)
+        self._begin = _beginnings(self._computations)
         self._cost = functools.cache(self._cost_of)
 
     def cost(self) -> Cost:
@@ -133,6 +134,8 @@ class _Reader:
             return total + Cost({(name, SLICES): Moved(1, size)})
         called = _called(found.attributes)
         if kind in COLLECTIVES:
+            if in_fusion and self._begin.get(_channel(found), found.name) != found.name:
+                return total
             return total + self._collective(kind, found, known)
         if kind == "while":
             once = self._cost(called[0], in_fusion=in_fusion)
@@ -212,6 +215,10 @@ class _Reader:
         if found.opcode != "fusion":
             return result + sum(sizes)
         inner = self._computations[_called(found.attributes)[0]]
+        if any(one.opcode in COLLECTIVES for one in inner):  # what it hands on it does not touch
+            passed = [int(n) for n in re.findall(r": \((\d+), \{\}\)", found.attributes)]
+            handed = sum(sizes[number] for number in (*passed, *set(passed)))
+            return max(result + sum(sizes) - handed, 0)
         return _fusion_traffic(inner, sizes, result)
 
 
@@ -230,6 +237,25 @@ def _fusion_traffic(inner: list[_Instruction], sizes: list[float], result: float
             if found.operands[0] in numbers:
                 sizes[numbers[found.operands[0]]] = 0
     return result + sum(sizes)
+
+
+def _channel(found: _Instruction) -> str:
+    written = re.search(r"channel_id=(\d+)", found.attributes)
+    return written[1] if written else ""
+
+
+def _beginnings(computations: Mapping[str, list[_Instruction]]) -> dict[str, str]:
+    """The first collective of each channel: a TPU spreads one over several fusions, to overlap it.
+
+    They are written in the order in which they run; a part of it may lie in a loop.
+    """
+    found: dict[str, str] = {}
+    for instructions in computations.values():
+        for one in instructions:
+            channel = _channel(one)
+            if channel and one.opcode.removesuffix("-start") in COLLECTIVES:
+                found.setdefault(channel, one.name)
+    return found
 
 
 def _condition(loop: _Instruction) -> str:

@@ -1,6 +1,5 @@
-"""Compiling for machines that are not here: bytes and collectives worked by hand, every method."""
+"""Compiling for machines that are not here: bytes, loops and collectives worked by hand."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -14,11 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
-from jaxlib_methods.energy_config import EnergyConfig
-from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import partitioning
-from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.train import (
     compile_only,
     compile_report,
@@ -145,6 +140,59 @@ def test_a_loop_that_may_end_sooner_counts_to_its_bound():
     assert (cost.collectives["collective-permute", "data"].count, cost.unknown_loops) == (3, 0)
 
 
+# Begun in front of a loop of 5 trips, in which a part of it overlaps with `tanh`.
+OVERLAPPED = """HloModule jit_step, is_scheduled=true
+
+%begin (p: f32[2,128]) -> (f32[2,128], f32[8,128]) {
+  %p = f32[2,128]{1,0} parameter(0)
+  %gather.1 = f32[8,128]{1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}
+  ROOT %begun = (f32[2,128]{1,0}, f32[8,128]{1,0}) custom-call(%p, %gather.1)
+}
+
+%part (q: f32[2,128], whole: f32[8,128], x: f32[128]) -> (f32[128], f32[8,128]) {
+  %q = f32[2,128]{1,0} parameter(0)
+  %whole = f32[8,128]{1,0} parameter(1)
+  %x = f32[128]{0} parameter(2)
+  %gather.2 = f32[8,128]{1,0} all-gather(%q), channel_id=3, replica_groups={{0,1,2,3},{4,5,6,7}}
+  %y = f32[128]{0} tanh(%x)
+  ROOT %both = (f32[128]{0}, f32[8,128]{1,0}) tuple(%y, %whole)
+}
+
+%body (state: (f32[2,128], f32[8,128], f32[128])) -> (f32[2,128], f32[8,128], f32[128]) {
+  %state = (f32[2,128]{1,0}, f32[8,128]{1,0}, f32[128]{0}) parameter(0)
+  %cut = f32[2,128]{1,0} get-tuple-element(%state), index=0
+  %buffer = f32[8,128]{1,0} get-tuple-element(%state), index=1
+  %z = f32[128]{0} get-tuple-element(%state), index=2
+  %step = (f32[128]{0}, f32[8,128]{1,0}) fusion(%cut, %buffer, %z), kind=kOutput, \
+output_to_operand_aliasing={{1}: (1, {})}, calls=%part
+  ROOT %next = (f32[2,128]{1,0}, f32[8,128]{1,0}, f32[128]{0}) tuple(%cut, %step, %step)
+}
+
+%condition (state.1: (f32[2,128], f32[8,128], f32[128])) -> pred[] {
+  %state.1 = (f32[2,128]{1,0}, f32[8,128]{1,0}, f32[128]{0}) parameter(0)
+  ROOT %again = pred[] constant(true)
+}
+
+ENTRY %main (shard: f32[2,128], vector: f32[128]) -> f32[128] {
+  %shard = f32[2,128]{1,0} parameter(0)
+  %vector = f32[128]{0} parameter(1)
+  %started = (f32[2,128]{1,0}, f32[8,128]{1,0}) fusion(%shard), kind=kCustom, calls=%begin
+  %first = (f32[2,128]{1,0}, f32[8,128]{1,0}, f32[128]{0}) tuple(%started, %started, %vector)
+  %loop = (f32[2,128]{1,0}, f32[8,128]{1,0}, f32[128]{0}) while(%first), condition=%condition, \
+body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %result = f32[128]{0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_a_collective_in_several_fusions_is_one():
+    cost = hlo.read(OVERLAPPED, AXES)
+    assert cost.collectives == {("all-gather", "fsdp"): hlo.Moved(1, 4096)}
+    # Its begin reads a part and has it and the whole in its result; the loop reads the part and the
+    # vector and writes a vector: the whole is handed on.
+    assert cost.memory_bytes == (1024 + 1024 + 4096) + 5 * (1024 + 512 + 512)
+
+
 def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
     text = PROGRAM.replace("%ten = s32[] constant(10)", "%ten = s32[] get-tuple-element(%state.1)")
     cost = hlo.read(text, AXES, unknown_trips=2.5)
@@ -197,48 +245,6 @@ def test_roofline_by_hand():
 def test_a_device_has_its_share_of_a_chip():
     assert roofline.CHIPS["tpu7x"].share(2).flops == 1153.5e12
     assert roofline.CHIPS["tpu7x"].share(2).memory == 94.75 * GIB
-
-
-METHODS: dict[str, dict[str, Any]] = {
-    "next_token": {"remat": "dots"},
-    "late_to_early": {
-        "method_config": LateToEarlyConfig(teacher="preset:late_to_early_tiny_teacher")
-    },
-    "depth_recurrence": {
-        "method_config": DepthRecurrenceConfig(eval_steps=(1, 2)),
-        "num_layers": 3,
-        "recurrence": 4,
-    },
-    "energy": {"method_config": EnergyConfig(replay_size=16, loss_steps="last")},
-    "reinforcement_midtraining": {
-        "method_config": ReinforcementMidtrainingConfig(
-            max_thought=3, budget=3, force_close=True, prompt_length=4, entropy="none.npz"
-        ),
-        "max_length": 96,
-        "init_from": "preset:reinforcement_midtraining_tiny_base",
-    },
-}
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_compiles_without_its_files(
-    tiny: Callable[..., RunConfig], compile_once: None, tmp_path: Path, method: str
-):
-    fields = {"data": 2, "fsdp": 4, "batch_size": 16} | METHODS[method]
-    config = tiny(tmp_path / "run", method=method, **fields)
-    config = dataclasses.replace(
-        config, data=dataclasses.replace(config.data, source="", tokenizer="")
-    )
-    report = compile_only.analyse(config, compile_only.target_of("cpu:8"), evaluation=False)
-    assert not (tmp_path / "run").exists()
-    memory, cost = report.memory, report.cost
-    assert cost is not None
-    gathered = [axes for kind, axes in cost.collectives if kind == "all-gather"]
-    assert "fsdp" in gathered
-    assert memory.peak > memory.held > memory.parameters > 0
-    assert memory.frozen > 0 if method == "late_to_early" else memory.frozen == 0
-    assert report.model_flops > 0
-    assert report.rematerialized == ()
 
 
 def test_memory_by_hand(tiny: Callable[..., RunConfig], compile_once: None, tmp_path: Path):
@@ -362,6 +368,11 @@ def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path
 def test_a_topology_has_a_kind_and_a_shape(name: str):
     with pytest.raises(ValueError, match=r"is not KIND:SHAPE; give a TPU's such as v5p:4x4x4"):
         topology.devices_of(name)
+
+
+def test_a_gpu_is_refused_with_what_is_possible():
+    with pytest.raises(ValueError, match=r"h200:8 names GPUs, and only TPUs and CPUs .* cpu:8 for"):
+        topology.devices_of("h200:8")
 
 
 def test_more_cpu_devices_than_jax_was_started_with():
