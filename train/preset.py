@@ -1,6 +1,7 @@
 """What a preset is, and what the tiny ones share."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlib_methods import registry
@@ -19,10 +20,11 @@ COMMAND = "python -m jaxlib_methods.train"
 class Preset:
     """A run and what it promises.
 
-    needs: flags that the user must add. hardware, time: where it runs and for how long; `computed`
-    means 6 FLOPs per parameter and token at 40 % of the bfloat16 peak (for depth recurrence and
-    reinforcement mid-training their analytic FLOPs; for energy, which is trained in float32, those
-    at 40 % of TF32's), not a measurement.
+    needs: flags that the user must add. pods: TPU topology -> further flags with which the step
+    was compiled for it and fits (`--compile_only`). hardware, time: where it runs and for how long;
+    `computed` means 6 FLOPs per parameter and token at 40 % of the bfloat16 peak (for depth
+    recurrence and reinforcement mid-training their analytic FLOPs; for energy, which is trained in
+    float32, those at 40 % of TF32's), not a measurement.
     """
 
     config: RunConfig
@@ -30,6 +32,7 @@ class Preset:
     time: str
     result: str
     needs: tuple[str, ...] = ()
+    pods: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def command(self) -> str:

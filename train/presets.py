@@ -36,5 +36,6 @@ def table() -> str:
     lines = []
     for name, preset in PRESETS.items():
         lines += [f"{name}  ({preset.hardware}; {preset.time})", f"    {preset.result}"]
-        lines += [f"    {preset.command}", ""]
+        lines += [f"    {preset.command}"]
+        lines += [f"    on {pod}: {changes}" for pod, changes in preset.pods.items()] + [""]
     return "\n".join(lines)

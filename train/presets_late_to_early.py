@@ -92,6 +92,7 @@ PRESETS: dict[str, Preset] = {
         time="15 h on H100 (computed)",
         result="TEACHER SmolLM-135M; paper: 43.6 % against 41.6 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
+        pods={"v5p:4x4x4": "--mesh.fsdp=64"},
     ),
     "late_to_early_3b": Preset(
         config=_published("let_3b", microbatches=4),
@@ -99,6 +100,7 @@ PRESETS: dict[str, Preset] = {
         time="19 h on H100 (computed)",
         result="TEACHER SmolLM-135M; the paper gives no number of its own",
         needs=_LET_NEEDS,
+        pods={"v5e:16x16": "--mesh.data=2 --mesh.fsdp=128 --train.num_microbatches=2"},
     ),
     "late_to_early_7b": Preset(
         config=_published("let_7b", microbatches=2),
@@ -106,6 +108,7 @@ PRESETS: dict[str, Preset] = {
         time="10 h on H100 (computed)",
         result="TEACHER Llama-3.2-1B; paper: 45.5 % against 43.3 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
+        pods={"v5p:4x4x4": "--mesh.fsdp=64"},
     ),
     "transformer_1b": Preset(
         config=_transformer_1b(),
