@@ -20,6 +20,8 @@ _ENVIRONMENT = {
     "TPU_MIN_LOG_LEVEL": "1",
 }
 
+_GPUS = ("gpu", "cuda", "rocm", "a100", "h100", "h200", "b200", "gb200")
+
 
 def devices_of(topology: str, *, num_slices: int = 1) -> Sequence[Any]:
     """Devices to compile for: `v5p:4x4x4`, what else libtpu knows, or `cpu:8`.
@@ -33,6 +35,11 @@ def devices_of(topology: str, *, num_slices: int = 1) -> Sequence[Any]:
         raise ValueError(
             f"--topology={topology} is not KIND:SHAPE; give a TPU's such as v5p:4x4x4, v5e:16x16, "
             "v6e:8x8 or tpu7x:4x4x4, or cpu:8"
+        )
+    if kind in _GPUS:
+        raise ValueError(
+            f"--topology={topology} names GPUs, and only TPUs and CPUs are compiled for without "
+            f"one; give cpu:{shape} for the same shardings, or start the run there"
         )
     with contextlib.suppress(RuntimeError):  # set already: the devices are there
         jax.config.update("jax_platforms", "cpu")
