@@ -17,6 +17,7 @@ Derivatives of third order, and of second order of the update (itself a derivati
 
 # Dimension key: V vocabulary, D width, ... the axes of tokens.
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -155,67 +156,46 @@ def _xla_sweep(
     formula: Formula, limit: jax.Array, parts: Arrays, rows: Arrays, columns: Arrays
 ) -> tuple[Arrays, ...]:
     V = parts[0].shape[-1]
-    tile = _tile(V)
-    short = -V % tile
-    if short:  # a copy, which a vocabulary that a tile divides is spared
-        parts = tuple(jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, short)]) for x in parts)
-        columns = tuple(jnp.pad(x, [(0, short), (0, 0)]) for x in columns)
+    tile = min(V, TILE)
 
-    def at(start: jax.Array | int) -> tuple[Arrays, ...]:
-        real = start + jnp.arange(tile, dtype=jnp.int32) < limit
+    def at(start: jax.Array | int, size: int) -> tuple[Arrays, ...]:
+        real = start + jnp.arange(size, dtype=jnp.int32) < limit
         fills = (tiles.MASKED_SCORE, *[0.0] * len(parts))
         cut = jax.lax.dynamic_slice_in_dim
         row = jnp.expand_dims(real, range(parts[0].ndim - 1))
         found = formula.tile(
             tuple(
-                jnp.where(row, cut(x, start, tile, -1), fill).astype(tiles.wide(x))
+                jnp.where(row, cut(x, start, size, -1), fill).astype(tiles.wide(x))
                 for x, fill in zip(parts, fills, strict=False)
             ),
             rows,
-            tuple(jnp.where(real[:, None], cut(x, start, tile, 0), 0) for x in columns),
+            tuple(jnp.where(real[:, None], cut(x, start, size, 0), 0) for x in columns),
         )
         return found.rows(), found.parts(), found.columns()
 
-    def whole(x: Any, axis: int, dtype: Any) -> jax.Array:
-        shape = list(x.shape)
-        shape[axis] = V + short
-        return jnp.zeros(shape, dtype)
+    def add(start: jax.Array | int, size: int, found: tuple[Arrays, ...]) -> tuple[Arrays, ...]:
+        of_rows, of_parts, of_columns = at(start, size)
+        put = jax.lax.dynamic_update_slice_in_dim
+        pairs = functools.partial(zip, strict=True)
+        return (
+            formula.merge(found[0], of_rows) if of_rows else (),
+            tuple(put(x, y.astype(x.dtype), start, -1) for x, y in pairs(found[1], of_parts)),
+            tuple(put(x, y.astype(x.dtype), start, 0) for x, y in pairs(found[2], of_columns)),
+        )
 
-    like = jax.eval_shape(at, 0)
+    like = jax.eval_shape(functools.partial(at, 0, tile))
+    tokens, width = parts[0].shape[:-1], columns[0].shape[1]
     initial = (
         tuple(
             jnp.full(x.shape, v, x.dtype) for x, v in zip(like[0], formula.initial, strict=False)
         ),
-        tuple(whole(x, -1, parts[0].dtype) for x in like[1]),
-        tuple(whole(x, 0, columns[0].dtype) for x in like[2]),
+        tuple(jnp.zeros((*tokens, V), parts[0].dtype) for _ in like[1]),
+        tuple(jnp.zeros((V, width), columns[0].dtype) for _ in like[2]),
     )
-
-    def body(i: jax.Array, found: tuple[Arrays, ...]) -> tuple[Arrays, ...]:
-        start = i * tile
-        of_rows, of_parts, of_columns = at(start)
-        put = jax.lax.dynamic_update_slice_in_dim
-        return (
-            formula.merge(found[0], of_rows) if of_rows else (),
-            tuple(
-                put(x, y.astype(x.dtype), start, -1)
-                for x, y in zip(found[1], of_parts, strict=True)
-            ),
-            tuple(
-                put(x, y.astype(x.dtype), start, 0)
-                for x, y in zip(found[2], of_columns, strict=True)
-            ),
-        )
-
-    of_rows, of_parts, of_columns = jax.lax.fori_loop(0, (V + short) // tile, body, initial)
-    return of_rows, tuple(x[..., :V] for x in of_parts), tuple(x[:V] for x in of_columns)
-
-
-def _tile(V: int) -> int:
-    """One that divides V where there is a large one."""
-    if V <= TILE:
-        return V
-    even = -(-V // (128 * -(-V // TILE))) * 128
-    return next((t for t in range(TILE, TILE // 4, -128) if V % t == 0), even)
+    # The last tile has a size of its own: padding would copy the logits in each sweep.
+    count, rest = divmod(V, tile)
+    found = jax.lax.fori_loop(0, count, lambda i, found: add(i * tile, tile, found), initial)
+    return add(V - rest, rest, found) if rest else found
 
 
 def _rowsum(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -255,8 +255,8 @@ def test_under_vmap_and_a_rematerialised_scan():
 
 
 def test_no_second_array_of_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(module, "TILE", 1024)
-    logits, table = jnp.zeros((512, 16384)), jnp.zeros((16384, 32))
+    monkeypatch.setattr(module, "TILE", 1024)  # which does not divide the vocabulary
+    logits, table = jnp.zeros((512, 16500)), jnp.zeros((16500, 32))
     slope = jnp.zeros((512, 32))
 
     def temporary(program: Callable[..., Any], *arrays: jax.Array) -> int:
@@ -267,7 +267,7 @@ def test_no_second_array_of_the_vocabulary(monkeypatch):
         return softmax_embed_update(y, w, softmax_embed(y, w), g, 0.5)
 
     def plain(y: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
-        return reference_update(y, w, None, g, jnp.full(512, 0.5), num_classes=16384)
+        return reference_update(y, w, None, g, jnp.full(512, 0.5), num_classes=16500)
 
     def pull(y: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
         return jax.vjp(lambda *x: softmax_embed(*x)[0], y, w)[1](g)
