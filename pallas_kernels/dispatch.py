@@ -3,9 +3,9 @@
 import contextlib
 import functools
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextvars import ContextVar
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 
@@ -88,6 +88,17 @@ def choose(
         choice, reason = "pallas", f"it is the faster one on {here}"
     _log_once(op, choice, reason)
     return choice
+
+
+def with_tangents_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """`kernel`, whose own derivatives are those of `plain`: the same function in plain JAX."""
+    op = jax.custom_jvp(kernel)
+
+    @op.defjvp
+    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
+        return op(*primals), jax.jvp(plain, primals, tangents)[1]
+
+    return op
 
 
 @functools.cache

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.pallas_kernels import linear_cross_entropy_tpu as tpu
-from jaxlib_methods.pallas_kernels.dispatch import Implementation, choose
+from jaxlib_methods.pallas_kernels.dispatch import Implementation, choose, with_tangents_of
 from jaxlib_methods.pallas_kernels.linear_cross_entropy_tpu import MASKED_SCORE, NO_CLASS
 
 TILE = 1024  # classes whose logits exist at once
@@ -287,16 +287,6 @@ def _xla_gradients(
 # The kernels. Their own derivatives, which only a second order takes, are those of the tiles.
 
 
-def _with_tangents_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
-    op = jax.custom_jvp(kernel)
-
-    @op.defjvp
-    def rule(primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
-        return op(*primals), jax.jvp(plain, primals, tangents)[1]
-
-    return op
-
-
 def _plain_statistics(
     hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array
 ) -> Part:
@@ -313,9 +303,9 @@ def _plain_gradients(
 
 _FORWARD = {
     "xla": _xla_statistics,
-    "pallas": _with_tangents_of(_plain_statistics, lambda *x: Part(*tpu.statistics(*x))),
+    "pallas": with_tangents_of(_plain_statistics, lambda *x: Part(*tpu.statistics(*x))),
 }
 _BACKWARD = {
     "xla": _xla_gradients,
-    "pallas": _with_tangents_of(_plain_gradients, tpu.gradients),
+    "pallas": with_tangents_of(_plain_gradients, tpu.gradients),
 }
