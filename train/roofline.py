@@ -83,9 +83,9 @@ def estimate(
     links = network = 0.0
     for (kind, names), (_, payload) in collectives.items():
         inside = math.prod(axes[name] for name in names.split("+") if name != SLICES)
-        links += _sent(kind, payload, inside)
+        links += sent(kind, payload, inside)
         if SLICES in names.split("+"):
-            network += _sent(kind, payload / inside, axes[SLICES])
+            network += sent(kind, payload / inside, axes[SLICES])
     return Roofline(
         compute=flops / chip.flops,
         memory=memory_bytes / chip.bandwidth,
@@ -94,7 +94,8 @@ def estimate(
     )
 
 
-def _sent(kind: str, payload: float, size: int) -> float:
+def sent(kind: str, payload: float, size: int) -> float:
+    """Bytes that a device of a group of `size` sends for one collective; see `estimate`."""
     if kind == "collective-permute":
         return payload if size > 1 else 0.0
     return payload * (size - 1) / size * (2 if kind == "all-reduce" else 1)
