@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxlib_methods import losses
+from jaxlib_methods import linear_losses, losses
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.evaluate import data_config
-from jaxlib_methods.infer.restore import Restored
+from jaxlib_methods.infer.restore import Restored, Trunk
 from jaxlib_methods.method import Batch
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import checkpoint, data, entropies
@@ -24,8 +24,11 @@ LINE_EVERY = 10.0  # seconds between lines of progress
 @functools.partial(jax.jit, static_argnames="top_k")
 def _entropy(model: Any, params: Any, batch: Batch, *, top_k: int | None) -> jax.Array:
     """Entropies `[B, L]` in nats, NaN on padding."""
-    logits = model(params, batch.inputs, positions=batch.positions, segments=batch.segments).logits
-    found = losses.token_entropy(logits, top_k=top_k, where=batch.where)
+    out = model(params, batch.inputs, positions=batch.positions, segments=batch.segments)
+    if top_k is None and isinstance(model, Trunk):
+        found = linear_losses.token_entropy(model.model, params, out, where=batch.where)
+    else:
+        found = losses.token_entropy(out.logits, top_k=top_k, where=batch.where)
     return jax.numpy.where(batch.where, found, jax.numpy.nan)
 
 

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_methods import depth_language, losses
+from jaxlib_methods import depth_language, linear_losses, losses
 from jaxlib_methods.depth_language import RecurrentModel
 from jaxlib_methods.infer import report
 from jaxlib_methods.infer.config import InferConfig
-from jaxlib_methods.infer.restore import LanguageModel, Restored
+from jaxlib_methods.infer.restore import LanguageModel, Restored, Trunk
 from jaxlib_methods.method import Batch, Dataset
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import data
@@ -79,19 +79,25 @@ def evaluate(restored: Restored, cfg: DataConfig, *, max_batches: int | None = N
 @jax.jit
 def _sums(model: LanguageModel, params: Any, batch: Batch) -> tuple[jax.Array, ...]:
     """The loss, its targets and the iterations, over a batch."""
-    logits, steps = _predict(model, params, batch)
-    nll = losses.token_nll(logits, batch.targets, where=batch.where)
+    nll, steps = _predict(model, params, batch)
     taken, _ = losses.masked_sum(steps, where=batch.where)
     return *losses.masked_sum(nll, where=batch.where), taken
 
 
 def _predict(model: LanguageModel, params: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """Logits `[B, L, V]`, and how many iterations each token took, `[B, L]`; 0 without depth."""
+    """The loss, and how many iterations each token took, `[B, L]`; 0 without depth."""
+    labels, where = batch.targets, batch.where
     arguments: dict[str, Any] = {"positions": batch.positions, "segments": batch.segments}
     if isinstance(model, RecurrentModel):
         thought = depth_language.think_steps(model, params, batch.inputs, **arguments)
-        return thought.logits, thought.steps_used.astype(jnp.float32)
-    return model(params, batch.inputs, **arguments).logits, jnp.zeros(batch.inputs.shape)
+        nll = losses.token_nll(thought.logits, labels, where=where)
+        return nll, thought.steps_used.astype(jnp.float32)
+    out = model(params, batch.inputs, **arguments)
+    if isinstance(model, Trunk):
+        nll = linear_losses.token_nll(model.model, params, out, labels, where=where)
+    else:
+        nll = losses.token_nll(out.logits, labels, where=where)
+    return nll, jnp.zeros(labels.shape)
 
 
 def batches(

@@ -126,7 +126,8 @@ def _language_model(
     run = None if config is None else config.method_config
     if isinstance(run, EnergyConfig):
         return Thinker(run, energy.model_config(model, run), think, seed)
-    return Trunk(model)
+    # The run's may be a kernel of another platform.
+    return Trunk(dataclasses.replace(model, loss_implementation="auto"))
 
 
 def check(

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods import losses
+from jaxlib_methods import linear_losses, losses
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics
 from jaxlib_methods.models import language_model
 from jaxlib_methods.models.config import TransformerConfig
@@ -73,7 +73,7 @@ def with_depth_gain(evaluate: LossFn, model: TransformerConfig) -> LossFn:
             key=key,
             num_steps=1,
         )
-        nll = losses.token_nll(once.logits, batch.targets, where=batch.where)
+        nll = linear_losses.token_nll(model, params, once, batch.targets, where=batch.where)
         total, _ = losses.masked_sum(nll, where=batch.where)
         usual, count = metrics["loss"]
         return scalar, {**metrics, "depth_gain": (total - usual, count)}

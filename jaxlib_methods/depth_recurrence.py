@@ -16,26 +16,27 @@ from typing import Any
 
 import jax
 
-from jaxlib_methods import depth_reasoning, losses, next_token
+from jaxlib_methods import depth_reasoning, linear_losses, losses, next_token
 from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics
 from jaxlib_methods.models import language_model, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.transformer import Outputs
 
 
-def logits_at(
+def outputs_at(
     model: TransformerConfig,
     params: Any,
     batch: Batch,
     steps: tuple[int, ...],
     *,
     key: jax.Array,
-    observe: Callable[[jax.Array, int], Any],
+    observe: Callable[[Outputs], Any],
 ) -> list[Any]:
-    """What `observe(logits, step)` makes of the logits `[B, L, V]` after each of `steps`.
+    """What `observe(outputs)` makes of the model's outputs after each of `steps`.
 
-    steps: ascending. Each iteration runs once; the logits of one step are gone before the next.
+    steps: ascending. Each iteration runs once; what one step gives is gone before the next.
     """
     reading, _ = recurrent_depth.read(
         model, params, batch.inputs, positions=batch.positions, segments=batch.segments
@@ -53,8 +54,8 @@ def logits_at(
             state,
         )
         taken = step
-        logits, _, _ = recurrent_depth.predict(model, params, state, reading)
-        found.append(observe(logits, step))
+        logits, final, _ = recurrent_depth.predict(model, params, state, reading)
+        found.append(observe(Outputs(logits, None, None, final)))
     return found
 
 
@@ -72,12 +73,12 @@ def make_evaluate(cfg: DepthRecurrenceConfig, model: TransformerConfig) -> LossF
     ) -> tuple[jax.Array, Metrics]:
         del extra, step
 
-        def nll(logits: jax.Array, _: int) -> tuple[jax.Array, jax.Array]:
-            each = losses.token_nll(logits, batch.targets, where=batch.where)
+        def nll(out: Outputs) -> tuple[jax.Array, jax.Array]:
+            each = linear_losses.token_nll(model, params, out, batch.targets, where=batch.where)
             return losses.masked_sum(each, where=batch.where)
 
         found = dict(
-            zip(steps, logits_at(model, params, batch, steps, key=key, observe=nll), strict=True)
+            zip(steps, outputs_at(model, params, batch, steps, key=key, observe=nll), strict=True)
         )
         metrics = {f"loss_at_{k}": pair for k, pair in found.items() if k != usual}
         total, count = found[usual]

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxlib_methods import depth_monitor, flops, losses, next_token
+from jaxlib_methods import depth_monitor, flops, linear_losses, losses, next_token
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics, Pretrained
 from jaxlib_methods.models.config import TransformerConfig, check_choices
 from jaxlib_methods.models.language_model import Trained, forward
@@ -178,6 +178,9 @@ def make_loss(
     `depth_monitor.state_metrics`.
     """
     aligns = cfg.objective == "alignment"
+    if not aligns:  # distillation makes the logits of both
+        student = dataclasses.replace(student, loss_implementation="logits")
+        teacher = dataclasses.replace(teacher, loss_implementation="logits")
     block = student_block(cfg, student) if aligns else None
     layer = teacher_layer(cfg, teacher) if aligns else None
     term = _alignment_term(cfg, stop) if aligns else _distillation_term(cfg)
@@ -210,11 +213,15 @@ def make_loss(
                 **inputs,
             ),
         )
-        nll = losses.masked_sum(
-            losses.token_nll(out.student.logits, batch.targets, where=where), where=where
-        )
-        teacher_nll = losses.masked_sum(
-            losses.token_nll(out.teacher.logits, batch.targets, where=where), where=where
+        nll, teacher_nll = (
+            losses.masked_sum(
+                linear_losses.token_nll(model, weights, found, batch.targets, where=where),
+                where=where,
+            )
+            for model, weights, found in (
+                (student, params, out.student),
+                (teacher, frozen, out.teacher),
+            )
         )
         scalar, metrics = term(params, out, where, losses.mean(*nll), step)
         metrics |= depth_monitor.state_metrics(out.student, where=where)
@@ -280,7 +287,12 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
     found = context.load_pretrained(cfg.teacher, weights=False)
     check_teacher(found, context)
     student = context.model
-    teacher = dataclasses.replace(found.config, compute_dtype=student.compute_dtype, remat="none")
+    teacher = dataclasses.replace(
+        found.config,
+        compute_dtype=student.compute_dtype,
+        loss_implementation=student.loss_implementation,
+        remat="none",
+    )
     learned = cfg.objective == "alignment" and cfg.resize == "learned_linear"
 
     def init_params(key: jax.Array) -> Any:

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from jaxlib_methods import depth_monitor, flops, losses
+from jaxlib_methods import depth_monitor, flops, linear_losses, losses
 from jaxlib_methods.method import Batch, Context, LossFn, Method, Metrics
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.language_model import forward, init_params
@@ -36,7 +36,7 @@ def make_loss(cfg: TransformerConfig, *, num_steps: int | None = None) -> LossFn
             key=key,
             num_steps=num_steps,
         )
-        nll = losses.token_nll(out.logits, batch.targets, where=batch.where)
+        nll = linear_losses.token_nll(cfg, params, out, batch.targets, where=batch.where)
         total, count = losses.masked_sum(nll, where=batch.where)
         metrics = {"loss": (total, count), **depth_monitor.state_metrics(out, where=batch.where)}
         return losses.mean(total, count), metrics

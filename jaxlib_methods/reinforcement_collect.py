@@ -11,7 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlib_methods import curriculum, losses, policy_gradient, rewards, rollouts, taught_thoughts
+from jaxlib_methods import (
+    curriculum,
+    linear_losses,
+    losses,
+    policy_gradient,
+    rewards,
+    rollouts,
+    taught_thoughts,
+)
 from jaxlib_methods.method import Batch, Metrics, TieredBatch
 from jaxlib_methods.models import decoding, transformer
 from jaxlib_methods.models.config import TransformerConfig
@@ -80,7 +88,7 @@ def tiers_of(setting: Setting, extra: Any, batch: Any) -> jax.Array:
     out = setting.apply(
         extra["initial"], batch.inputs, positions=batch.positions, segments=batch.segments
     )
-    entropy = losses.token_entropy(out.logits, where=batch.where)
+    entropy = linear_losses.token_entropy(setting.model, extra["initial"], out, where=batch.where)
     cuts: Any = cfg.thresholds
     if cuts is None:
         known = jnp.where(batch.where, entropy, jnp.nan)

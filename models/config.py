@@ -40,6 +40,10 @@ class TransformerConfig:
         sqrt(2 / (5 * embed_dim)), as recurrent-depth models do: those that write to the stream and
         the product half of SwiGLU smaller by sqrt(2 * unfolded_layers), and the embedding too.
 
+    loss_implementation: how losses of next tokens are computed. `logits` makes an array of tokens
+        times vocabulary; `xla` makes none, in tiles of the vocabulary, and `pallas` none by a
+        kernel; `auto` what was measured to be faster.
+
     A `recurrence` above 0 makes the model recurrent in depth (arXiv 2502.05171, see
     `models.recurrent_depth`): of its `num_layers` blocks the first and the last run once, those
     between form the core and run again and again.
@@ -92,6 +96,7 @@ class TransformerConfig:
     compute_dtype: Literal["float32", "bfloat16", "float64"] = "bfloat16"
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
+    loss_implementation: Literal["auto", "logits", "xla", "pallas"] = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self)

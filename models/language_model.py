@@ -12,12 +12,13 @@ from jaxlib_methods.models.config import TransformerConfig
 class Trained(NamedTuple):
     """What a forward pass of training gives.
 
-    logits, hidden: see `transformer.Outputs`. recurrent: all of a recurrent model's outputs, and
-    num_steps: how many iterations were taken; both None for a plain one.
+    logits, hidden, final: see `transformer.Outputs`. recurrent: all of a recurrent model's outputs,
+    and num_steps: how many iterations were taken; both None for a plain one.
     """
 
     logits: jax.Array
     hidden: jax.Array | None
+    final: jax.Array
     recurrent: recurrent_training.RecurrentOutputs | None = None
     num_steps: jax.Array | None = None
 
@@ -50,7 +51,8 @@ def forward(
     arguments["hidden_layer"] = hidden_layer
     if not cfg.recurrence:
         out = transformer.forward(cfg, params, inputs, num_logits=num_logits, **arguments)
-        return Trained(out.logits, out.hidden)
+        assert out.final is not None
+        return Trained(out.logits, out.hidden, out.final)
     if num_logits is not None:
         raise ValueError(
             f"num_logits {num_logits} is for plain transformers; a model of recurrence "
@@ -61,4 +63,4 @@ def forward(
     out = recurrent_training.forward(
         cfg, params, inputs, key=state_key, num_steps=steps, **arguments
     )
-    return Trained(out.logits, out.hidden, out, jax.numpy.asarray(steps))
+    return Trained(out.logits, out.hidden, out.final, out, jax.numpy.asarray(steps))

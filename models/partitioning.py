@@ -117,6 +117,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _divisible(x.shape, logical_spec(names), mesh))
 
 
+def cut_axes(x: jax.Array, *names: str | None) -> list[tuple[str, ...]]:
+    """The mesh axes that cut each dimension where `constrain` places it, for `jax.shard_map`.
+
+    Those of size 1 cut nothing, and a collective along them would be a copy.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return [()] * x.ndim
+    entries = _divisible(x.shape, logical_spec(names), mesh)
+    axes = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
+    return [tuple(axis for axis in each if mesh.shape[axis] > 1) for each in axes]
+
+
 def _axes_size(mesh_shape: Mapping[str, int], entry: tuple[str, ...] | str | None) -> int:
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh_shape[axis] for axis in axes)

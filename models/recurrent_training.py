@@ -27,14 +27,16 @@ class RecurrentOutputs(NamedTuple):
     """What a forward pass gives.
 
     logits: `[B, L, V]`, float32 or better, padding masked. hidden: `[B, L, D]`, what was asked for,
-    or None. state: the last, `[B, L, D]`. changes, norms: of the iterations with gradient,
-    `[trained steps]`: ||s_i - s_(i-1)|| / ||s_i|| and the root mean square of s_i, averaged over
-    tokens; an iteration that was not taken repeats the last. Without gradient.
+    or None. state: the last, `[B, L, D]`. final: `[B, L, D]`, what the head reads. changes, norms:
+    of the iterations with gradient, `[trained steps]`: ||s_i - s_(i-1)|| / ||s_i|| and the root
+    mean square of s_i, averaged over tokens; an iteration that was not taken repeats the last.
+    Without gradient.
     """
 
     logits: jax.Array
     hidden: jax.Array | None
     state: jax.Array
+    final: jax.Array
     changes: jax.Array
     norms: jax.Array
 
@@ -100,7 +102,7 @@ def forward(
     logits, final, _ = predict(cfg, params, state, reading)
     hidden = reading.hidden if in_prelude else tapped
     hidden = final if hidden_layer == "final" else hidden
-    return RecurrentOutputs(logits, hidden, state, changes, norms)
+    return RecurrentOutputs(logits, hidden, state, final, changes, norms)
 
 
 def _window(cfg: TransformerConfig, num_steps: jax.Array | int, trained_steps: int | None) -> int:

@@ -57,12 +57,14 @@ class Outputs(NamedTuple):
 
     logits: `[B, L, V]`, or of the last tokens that were asked for; float32 or better, V the padded
     vocabulary, padding masked. hidden: `[B, L, D]`, the layer that was asked for, or None. cache:
-    the new cache, or None.
+    the new cache, or None. final: `[B, L, D]`, the state behind each of the logits, which the head
+    reads; None where no linear head made them.
     """
 
     logits: jax.Array
     hidden: jax.Array | None
     cache: KVCache | None
+    final: jax.Array | None = None
 
 
 class Transformer(nn.Module):
@@ -125,7 +127,7 @@ class Transformer(nn.Module):
         hidden = x if hidden_layer == "final" else tap
         if num_logits is not None:
             x = x[:, -num_logits:]
-        return Outputs(self._logits(x, table), hidden, new_cache)
+        return Outputs(self._logits(x, table), hidden, new_cache, x)
 
     def _embed(self, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
@@ -181,6 +183,11 @@ def tied_logits(x: jax.Array, table: jax.Array) -> jax.Array:
     """States `[B, L, D]` against a table `[V, D]`: logits `[B, L, V]`, float32 or better."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     return jnp.einsum("bld,vd->blv", x, table.astype(x.dtype), preferred_element_type=wide)
+
+
+def head_rows(cfg: TransformerConfig, params: Mapping[str, Any]) -> jax.Array:
+    """The rows `[V, D]` that states are multiplied by: the embeddings, or the head transposed."""
+    return params["embedding"]["table"] if cfg.tie_embeddings else params["head"]["kernel"].T
 
 
 def mask_padding(cfg: TransformerConfig, logits: jax.Array) -> jax.Array:

@@ -86,7 +86,7 @@ def choose(
         choice, reason = "xla", unsupported
     else:
         choice, reason = "pallas", f"it is the faster one on {here}"
-    _log_once(op, choice, reason)
+    log_once(op, choice, reason)
     return choice
 
 
@@ -102,5 +102,6 @@ def with_tangents_of(plain: Callable[..., Any], kernel: Callable[..., Any]) -> C
 
 
 @functools.cache
-def _log_once(op: str, choice: str, reason: str) -> None:
+def log_once(op: str, choice: str, reason: str) -> None:
+    """Says what `auto` chose and why, the first time that it did."""
     _log.info("%s runs as %s: %s", op, choice, reason)

@@ -13,7 +13,7 @@ from jaxlib_methods.train import presets
 PRESET = presets.get("late_to_early_tiny")
 _MODEL = PRESET.model
 
-_VOCAB_SIZE = flags.DEFINE_integer("vocab_size", _MODEL.vocab_size, "Tokens of the vocabulary.")
+VOCAB_SIZE = flags.DEFINE_integer("vocab_size", _MODEL.vocab_size, "Tokens of the vocabulary.")
 _NUM_LAYERS = flags.DEFINE_integer("num_layers", _MODEL.num_layers, "Blocks.")
 _EMBED_DIM = flags.DEFINE_integer("embed_dim", _MODEL.embed_dim, "Width.")
 _NUM_HEADS = flags.DEFINE_integer("num_heads", _MODEL.num_heads, "Attention heads.")
@@ -27,7 +27,7 @@ def model_config(length: int) -> TransformerConfig:
     """The model of the flags, with a context of `length` tokens."""
     return dataclasses.replace(
         _MODEL,
-        vocab_size=_VOCAB_SIZE.value,
+        vocab_size=VOCAB_SIZE.value,
         num_layers=_NUM_LAYERS.value,
         embed_dim=_EMBED_DIM.value,
         num_heads=_NUM_HEADS.value,

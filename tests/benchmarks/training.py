@@ -57,12 +57,21 @@ class OurStep:
             self.state = create_state(method, optimizer, abstract, jax.random.key(0))
             self._extra = method.init(self._key)
             schedule = make_schedule(OPTIMIZER, NUM_STEPS)
-            self._step = make_train_step(method.loss, optimizer, schedule, abstract)
+            self._step: Any = make_train_step(
+                method.loss, optimizer, schedule, abstract, collect=method.collect
+            )
 
     def __call__(self) -> Any:
         with jax.set_mesh(self._mesh):
             self.state, metrics = self._step(self.state, self._extra, self._batch, self._key)
         return self.state, metrics
+
+    def temporaries(self) -> float:
+        """MiB that the compiled step needs beside its arguments and results."""
+        with jax.set_mesh(self._mesh):
+            arguments = self.state, self._extra, self._batch, self._key
+            analysis = self._step.lower(*arguments).compile().memory_analysis()
+        return analysis.temp_size_in_bytes / 2**20
 
     def loss(self) -> float:
         """Trains once. Returns the loss before it, nats per token."""

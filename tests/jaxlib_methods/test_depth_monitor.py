@@ -125,7 +125,7 @@ def measured(name: str) -> tuple[dict[str, float], dict[str, float]]:
         jitted = jax.jit(lambda p, extra: fn(p, extra, batch(), step=step, key=key)[1])
         return means(jitted(params(MODEL), extra))
 
-    # `logits_at` draws no number of iterations, and takes the key as it is.
+    # `outputs_at` draws no number of iterations, and takes the key as it is.
     of_state = jax.random.split(KEY)[1] if name == "depth_recurrence" else KEY
     return run(method.loss, KEY), run(method.evaluate, of_state)
 
