@@ -228,6 +228,8 @@ class _Loop:
                 self._drain(step)
                 self._enter_phase(step)
             self._profile(step, state)
+            if self._compiled:
+                self._watchdog.step_begins(step + 1)
             with self._watch("input"):
                 batch = next(batches)
             with contextlib.nullcontext() if self._compiled else self._watch("compile"):

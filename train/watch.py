@@ -75,8 +75,15 @@ class Watchdog:
         self._factor, self._clock = factor, clock
         self._secs: deque[float] = deque(maxlen=_KEPT_STEPS)
         self._last: float | None = None
+        self._step = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def step_begins(self, step: int) -> None:
+        """Watches a step, from here or from the end of the one before it."""
+        self._step = step
+        if self._last is None:
+            self._last = self._clock()
 
     def step_done(self) -> None:
         """Marks the end of a step."""
@@ -86,7 +93,7 @@ class Watchdog:
         self._last = now
 
     def pause(self) -> None:
-        """Leaves out what follows, up to the next `step_done`."""
+        """Leaves out what follows, up to the next step."""
         self._last = None
 
     def check(self) -> bool:
@@ -99,8 +106,8 @@ class Watchdog:
             return False
         self._last = None
         print(
-            f"process {jax.process_index()}: a step has taken {secs:.0f} s, the last ones took "
-            f"{usual:.2f} s; where its threads stand:\n{_stacks()}",
+            f"process {jax.process_index()}: step {self._step} has taken {secs:.0f} s, the last "
+            f"ones took {usual:.2f} s; where its threads stand:\n{_stacks()}",
             file=sys.stderr,
             flush=True,
         )

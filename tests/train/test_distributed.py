@@ -1,4 +1,4 @@
-"""Which processes join a run, and two of them that train, are killed and go on as one."""
+"""Which processes join a run, and two of them that train, are killed, go on as one and as two."""
 
 import os
 import signal
@@ -212,15 +212,21 @@ def test_two_processes_draw_the_depths_of_one(tiny, tmp_path, launcher, read_met
         assert joined["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
 
 
-def test_two_processes_are_stopped_then_killed_then_go_on_as_one(processes, tmp_path, read_metrics):
+def test_two_processes_are_stopped_killed_made_one_and_two_again(processes, tmp_path, read_metrics):
     folder = tmp_path / "run" / "checkpoints"
 
     def newest():
         return max((int(p.name) for p in folder.glob("*") if p.name.isdigit()), default=0)
 
-    # SIGTERM to one of them: both save the same step and exit 0.
+    # One of them stands still for a while, then goes on. SIGTERM to it: both save the same step
+    # and exit 0.
     pair = processes.start(2)
     processes.until(lambda: newest() >= 3, pair)
+    pair[1].send_signal(signal.SIGSTOP)
+    time.sleep(1)
+    before_it = newest()
+    pair[1].send_signal(signal.SIGCONT)
+    processes.until(lambda: newest() > before_it + 3, pair)
     pair[1].send_signal(signal.SIGTERM)
     assert [process.wait(120) for process in pair] == [0, 0], processes.said(0)
     stopped = newest()
@@ -236,12 +242,15 @@ def test_two_processes_are_stopped_then_killed_then_go_on_as_one(processes, tmp_
     killed = newest()
     assert f"continuing from step {stopped}" in processes.said(0)
     before = {line["step"]: line for line in read_metrics(tmp_path / "run")}
-    # One process with all eight devices goes on; the same text from the first step comes to the
-    # same losses.
-    end = killed + 2
-    (one,) = processes.start(1, f"--train.num_steps={end}")
+    # One process with all eight devices goes on, then two again; the same text from the first step
+    # comes to the same losses.
+    (one,) = processes.start(1, f"--train.num_steps={killed + 1}")
     assert one.wait(200) == 0, processes.said(0)
     assert f"continuing from step {killed}" in processes.said(0)
+    end = killed + 3
+    pair = processes.start(2, f"--train.num_steps={end}")
+    assert [process.wait(200) for process in pair] == [0, 0], processes.said(0)
+    assert f"continuing from step {killed + 1}" in processes.said(0)
     joined = [line for line in read_metrics(tmp_path / "run") if "train/loss" in line]
     assert [line["step"] for line in joined] == list(range(1, end + 1))
     again = killed + 1

@@ -1,4 +1,4 @@
-"""Real processes: wrong input in one line, a full disk, SIGTERM, and twenty kills."""
+"""Real processes: wrong input in one line, a full disk, SIGTERM at any time, and twenty kills."""
 
 import dataclasses
 import json
@@ -274,6 +274,39 @@ def test_sigterm_saves_and_exits_0(trainer: Trainer, finished: Path, tmp_path: P
     (saved,) = (tmp_path / "checkpoints").iterdir()
     said = trainer.said().splitlines()[-1]
     assert said == f"stopped by a signal at step {saved.name}, saved; the same command goes on"
+
+
+def test_sigterm_during_a_save_leaves_two_whole_checkpoints(
+    trainer: Trainer, finished: Path, tmp_path: Path
+) -> None:
+    arguments = (
+        f"--flagfile={finished.parent / 'tiny.flags'}", f"--workdir={tmp_path}",
+        "--train.log_every=1000", "--checkpoint.every=1", "--checkpoint.keep=2",
+    )  # fmt: skip
+    pid = trainer.start(*arguments, "--train.num_steps=1000000")
+
+    def caught() -> bool:
+        """Stops the process; whether it was in the middle of a save, else it goes on."""
+        os.kill(pid, signal.SIGSTOP)
+        while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.001)
+        names = [path.name for path in (tmp_path / "checkpoints").glob("*")]
+        if any(not name.isdigit() for name in names) and any(name.isdigit() for name in names):
+            return True
+        os.kill(pid, signal.SIGCONT)
+        return False
+
+    trainer.until(lambda: "first step done" in trainer.said())
+    trainer.until(caught)
+    os.kill(pid, signal.SIGTERM)
+    os.kill(pid, signal.SIGCONT)
+    assert trainer.wait(pid) == 0, trainer.said()
+    before, last = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert before == last - 1
+    assert f"stopped by a signal at step {last}, saved" in trainer.said()
+    code, error = trainer.run(*arguments, f"--train.num_steps={last + 1}")
+    assert code == 0, error
+    assert f"continuing from step {last}\n" in error
 
 
 def test_a_second_run_in_a_workdir_is_refused(

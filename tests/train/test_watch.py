@@ -39,10 +39,11 @@ def test_parts_and_steps_make_up_the_whole():
 
 
 def steps(dog, clock, *secs):
-    dog.step_done()
-    for each in secs:
+    for step, each in enumerate(secs, start=1):
+        dog.step_begins(step)
         clock.now += each
         dog.step_done()
+    dog.step_begins(len(secs) + 1)
 
 
 def test_a_step_is_compared_with_the_median_once(capfd):
@@ -55,7 +56,7 @@ def test_a_step_is_compared_with_the_median_once(capfd):
     clock.now += 0.1
     assert dog.check()
     said = capfd.readouterr().err
-    assert "process 0: a step has taken 90 s, the last ones took 9.00 s" in said
+    assert "process 0: step 4 has taken 90 s, the last ones took 9.00 s" in said
     main = said.split("where its threads stand:\n")[1].split("\n\n")[0]
     assert main.startswith("MainThread:\n")
     assert "test_a_step_is_compared_with_the_median_once" in main
@@ -76,13 +77,18 @@ def test_short_steps_have_a_minute():
     assert dog.check()
 
 
-def test_a_pause_is_no_step():
+def test_a_pause_is_no_step_and_the_first_one_after_it_is():
     clock = Clock()
     dog = Watchdog(10.0, clock=clock)
     steps(dog, clock, 1.0)
     dog.pause()
     clock.now += 1000.0
     assert not dog.check()
+    dog.step_begins(3)
+    clock.now += 60.0
+    assert not dog.check()
+    clock.now += 0.1
+    assert dog.check()
 
 
 def test_a_thread_looks_and_ends_with_the_run(monkeypatch, capfd):
@@ -93,7 +99,7 @@ def test_a_thread_looks_and_ends_with_the_run(monkeypatch, capfd):
         clock.now += 61.0
         deadline = time.monotonic() + 60
         said = ""
-        while "a step has taken 61 s" not in said:
+        while "step 2 has taken 61 s" not in said:
             assert time.monotonic() < deadline
             time.sleep(0.01)
             said += capfd.readouterr().err
