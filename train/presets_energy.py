@@ -1,5 +1,6 @@
 """Presets of energy-based transformers."""
 
+import dataclasses
 from typing import Any
 
 from jaxlib_methods.energy_config import EnergyConfig
@@ -126,7 +127,10 @@ PRESETS: dict[str, Preset] = {
     "energy_xs": _energy_preset("ebt_xs", 9e-4, "7 h", "12M in the blocks", **_SYSTEM_1),
     "energy_small": _energy_preset("ebt_small", 6e-4, "20 h", "49M in the blocks", **_SYSTEM_1),
     "energy_medium": _energy_preset("ebt_medium", 3e-4, "56 h", "176M in the blocks", **_SYSTEM_1),
-    "energy_large": _energy_preset("ebt_large", 2.5e-4, "118 h", "396M in the blocks", **_SYSTEM_1),
+    "energy_large": dataclasses.replace(
+        _energy_preset("ebt_large", 2.5e-4, "118 h", "396M in the blocks", **_SYSTEM_1),
+        pods={"v6e:8x8": "--mesh.fsdp=64 --train.num_microbatches=1"},
+    ),
     "energy_xl": _energy_preset(
         "ebt_xl", 2e-4, "202 h", "708M in the blocks; in the paper only for video", **_SYSTEM_1
     ),
