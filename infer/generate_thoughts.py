@@ -63,8 +63,8 @@ def _think(
     """Prompts `[B, W]`, their lengths, and a thought behind each."""
     setting, cfg = reasoner.setting, reasoner.setting.cfg
     prompts, lengths = frame(setting.frame, jnp.int32(reasoner.budget), prefixes, lengths)
-    rows, slots = prompts.shape[0], prompts.shape[1] + cfg.max_thought
-    cache = decoding.init_cache(setting.model, batch_size=rows, length=slots)
+    rows, width = prompts.shape
+    cache = decoding.init_cache(setting.model, batch_size=rows, length=width)
     thoughts = roll_out(
         setting.apply, params, prompts, lengths, cache=cache, num_rollouts=1,
         max_thought=cfg.max_thought, max_answer=0, temperature=reasoner.temperature,

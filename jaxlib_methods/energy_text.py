@@ -16,8 +16,7 @@ from jaxlib_methods.descent import Energy, Trajectory, descend, descend_freely
 from jaxlib_methods.energy_config import SMALLEST_STEP, EnergyConfig
 from jaxlib_methods.method import Batch, LossFn, Metrics, StatefulLossFn
 from jaxlib_methods.models import energy_transformer
-from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig, Rows
-from jaxlib_methods.models.transformer import KVCache
+from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig, ObservedCache, Rows
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
 from jaxlib_methods.replay import Replay
 
@@ -25,7 +24,7 @@ from jaxlib_methods.replay import Replay
 class Observed(NamedTuple):
     """The context of a descent: the observed stream's cache, and where the candidates stand."""
 
-    cache: KVCache
+    cache: ObservedCache
     rows: Rows
 
 

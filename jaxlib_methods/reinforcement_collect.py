@@ -163,13 +163,13 @@ def think(
             thoughts, sizes, asked, tokens=setting.tokens, answer_slots=cfg.answer_slots
         )
     else:
-        slots = setting.prompt_length + cfg.response_slots
+        cache = decoding.init_cache(model, batch_size=len(prompts), length=setting.prompt_length)
         responses = rollouts.roll_out(
             setting.apply,
             params,
             prompts,
             lengths,
-            cache=decoding.init_cache(model, batch_size=len(prompts), length=slots),
+            cache=cache,
             num_rollouts=num_rollouts,
             max_thought=cfg.max_thought,
             max_answer=cfg.answer_slots,

@@ -35,13 +35,14 @@ def parts(
     head = 2.0 * model.embed_dim * model.padded_vocab_size
     blocks = transformer_forward_flops(model, whole, head=False)
     response = whole * blocks + (slots + 1) * head
-    # The prompt is read but for its last token; a cache has room for everything from the start.
-    rollout = prompts * (prompt_length - 1) * blocks + responses * slots * (blocks + head)
+    prompt = transformer_forward_flops(model, prompt_length, head=False)
+    # The prompt is read but for its last token; caches have room for everything from the start.
+    rollout = prompts * (prompt_length - 1) * prompt + responses * slots * (blocks + head)
     text = length * transformer_forward_flops(model, length)
     score = 0.0
     if cfg.reward == "information_gain":
-        prefix = prompt_length * transformer_forward_flops(model, prompt_length, head=False)
-        score += responses * (whole * blocks + (slots + 1) * head) + prompts * (prefix + head)
+        score += responses * (whole * blocks + (slots + 1) * head)
+        score += prompts * (prompt_length * prompt + head)
     if cfg.kl_weight:
         score += responses * response
     if cfg.task == "text" and cfg.positions != "uniform" and cfg.entropy is None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.losses import token_nll
-from jaxlib_methods.models.decoding import Apply, DecodeState, next_logits, prefill
+from jaxlib_methods.models.decoding import Apply, DecodeState, branch, next_logits, prefill
 from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.models.transformer import KVCache
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
@@ -82,7 +82,7 @@ def roll_out(
     """Samples `num_rollouts` responses to each prompt, of R = max_thought + 1 + max_answer slots.
 
     prompts: int32 `[N, P]`, left-padded; lengths: int32 `[N]`, at least 1. cache: empty, for N
-    rows, of at least P + R - 1 slots; each prompt is read once, then its cache is repeated.
+    rows, of at least P slots; each prompt is read once, and its rollouts share what it left there.
 
     The first close ends the thought. After `thought_limit` tokens without one (none: max_thought,
     the most), `force_close` puts it there unsampled and the model answers; otherwise the response
@@ -99,29 +99,29 @@ def roll_out(
     tokens = Tokens(*(jnp.asarray(token, jnp.int32) for token in tokens))
     limit = max_thought if thought_limit is None else jnp.minimum(thought_limit, max_thought)
     params = jax.lax.stop_gradient(params)
-    state = prefill(apply, params, prompts, lengths, cache=cache, max_new_tokens=R)
+    state = prefill(apply, params, prompts, lengths, cache=cache, max_new_tokens=1)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     keys = jax.vmap(fold, (0, None))(fold(key, jnp.arange(N)), jnp.arange(G)).reshape(N * G)
 
-    def draw(logits: jax.Array, row_key: jax.Array, step: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(row_key, step), logits)
+    def gumbel(logits: jax.Array, row_key: jax.Array, step: jax.Array) -> jax.Array:
+        return jax.random.gumbel(jax.random.fold_in(row_key, step), logits.shape, logits.dtype)
 
     def advance(progress: _Progress) -> _Progress:
         logits, new_cache = next_logits(apply, params, progress.state)
         tempered = temper(logits, temperature)
-        drawn = jax.vmap(draw, (0, 0, None))(tempered, keys, progress.state.step)
-        greedy = jnp.asarray(temperature) <= 0
-        drawn = jnp.where(greedy, jnp.argmax(tempered, axis=-1), drawn).astype(jnp.int32)
+        # `jax.random.categorical`, or the likeliest: one search for a maximum does both.
+        noise = jax.vmap(gumbel, (0, 0, None))(tempered, keys, progress.state.step)
+        perturbed = jnp.where(jnp.asarray(temperature) > 0, tempered + noise, tempered)
+        drawn = jnp.argmax(perturbed, axis=-1).astype(jnp.int32)
         progress = progress._replace(state=progress.state._replace(cache=new_cache))
         log_prob = -token_nll(tempered, drawn)
         return _append(progress, drawn, log_prob, tokens, limit, max_answer, force_close)
 
+    log_probs, close_at = jnp.zeros((N * G, R), jnp.float32), jnp.full((N * G,), -1, jnp.int32)
     progress = jax.lax.while_loop(
         lambda progress: (progress.state.step < R) & ~progress.state.done.all(),
         advance,
-        _Progress(
-            _repeat(state, G), jnp.zeros((N * G, R), jnp.float32), jnp.full((N * G,), -1, jnp.int32)
-        ),
+        _Progress(_fork(state, G, R), log_probs, close_at),
     )
     flat = _collect(progress, tokens.pad, tokens.end, limit, max_answer)
     return Rollouts(*(x.reshape(N, G, *x.shape[1:]) for x in flat))
@@ -144,7 +144,7 @@ def _check(
     if max_thought == 0 and not force_close:
         raise ValueError("max_thought 0 samples nothing; give at least 1, or force_close")
     if not isinstance(cache, KVCache):
-        raise ValueError(f"rollouts repeat a KVCache, not a {type(cache).__name__}")
+        raise ValueError(f"rollouts share a KVCache, not a {type(cache).__name__}")
     if cache.positions.shape[0] != prompts.shape[0]:
         raise ValueError(
             f"a cache for {cache.positions.shape[0]} rows does not fit {prompts.shape[0]} prompts; "
@@ -168,26 +168,18 @@ def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
     return jnp.where(logits > 0.5 * MASKED_SCORE, (logits - top) / divisor, MASKED_SCORE)
 
 
-def _repeat(state: DecodeState, times: int) -> DecodeState:
-    """Each row `times` times, one after the other, placed as a batch."""
+def _fork(state: DecodeState, times: int, slots: int) -> DecodeState:
+    """Each row `times` times, one behind another, with room for `slots` tokens of its own."""
 
     def rows(x: jax.Array) -> jax.Array:
         return constrain(jnp.repeat(x, times, axis=0), "batch", *(None,) * (x.ndim - 1))
 
-    def layers(x: jax.Array) -> jax.Array:
-        x = jnp.repeat(x, times, axis=1)
-        return constrain(x, "layers", "batch", None, "kv_heads", None)
-
-    keys, values, positions, segments, length = state.cache
-    return DecodeState(
-        cache=KVCache(layers(keys), layers(values), rows(positions), rows(segments), length),
-        last=rows(state.last),
-        positions=rows(state.positions),
-        tokens=rows(state.tokens),
-        lengths=rows(state.lengths),
-        done=rows(state.done),
-        step=state.step,
+    last, positions, lengths, done = map(
+        rows, (state.last, state.positions, state.lengths, state.done)
     )
+    tokens = constrain(jnp.zeros((len(last), slots), jnp.int32), "batch", None)
+    cache = branch(state.cache, times, length=slots)
+    return DecodeState(cache, last, positions, tokens, lengths, done, state.step)
 
 
 def _append(

@@ -19,8 +19,8 @@ from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.energy_text import Descent, Observed
 from jaxlib_methods.models import decoding, energy_transformer
 from jaxlib_methods.models.decoding import Stream
-from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig, Rows
-from jaxlib_methods.models.transformer import KVCache, Outputs
+from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig, ObservedCache, Rows
+from jaxlib_methods.models.transformer import Outputs
 from jaxlib_methods.thinking import Problem, ThinkConfig, think
 
 
@@ -161,7 +161,7 @@ class Thinker:
                 "smaller --data.batch_size or --think.num_candidates"
             )
 
-    def init_cache(self, params: Any, *, batch_size: int, length: int) -> KVCache:
+    def init_cache(self, params: Any, *, batch_size: int, length: int) -> ObservedCache:
         """A cache of `length` tokens that has observed the landscapes."""
         return energy_transformer.begin(self.model, params, batch_size=batch_size, length=length)
 
@@ -172,12 +172,14 @@ class Thinker:
         *,
         positions: jax.Array,
         segments: jax.Array,
-        cache: KVCache | None = None,
+        cache: ObservedCache | None = None,
     ) -> Outputs:
         """Logits `[B, L, V]` of the tokens after `inputs`, int32 `[B, L]`; see `Transformer`."""
         observed = self.observe(params, inputs, positions, segments, cache)
         logits = self.predict(params, observed)
-        return Outputs(logits, None, None if cache is None else observed.cache)
+        # `decoding` is generic in its cache, in fact if not in its annotations.
+        new: Any = None if cache is None else observed.cache
+        return Outputs(logits, None, new)
 
     def observe(
         self,
@@ -185,7 +187,7 @@ class Thinker:
         inputs: jax.Array,
         positions: jax.Array,
         segments: jax.Array,
-        cache: KVCache | None = None,
+        cache: ObservedCache | None = None,
     ) -> Observed:
         """The context of predictions after each of `inputs`, appended to what a cache holds."""
         read = energy_transformer.observe(

@@ -8,6 +8,7 @@ part through its `apply` and a cache, so that every trunk with `Transformer`'s c
 
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -107,17 +108,36 @@ def init_cache(
 
     Under a mesh the batch is cut over (data, fsdp) and the key heads over tensor.
     """
-    shape = (cfg.num_layers, batch_size, length, cfg.kv_heads, cfg.head_size)
+    shape, dtype = (cfg.kv_heads, length, cfg.head_size), dtype or jnp.dtype(cfg.compute_dtype)
+    return _empty_cache(cfg.num_layers, batch_size, shape, dtype)
+
+
+def branch(cache: KVCache, times: int, *, length: int) -> KVCache:
+    """An empty cache of `length` slots for `times` rows behind each row of a cache.
+
+    All of them see what the cache holds, which is kept once and stays as it is.
+    """
+    B, K, _, C = cache.layers[0][0].shape
+    dtype = cache.layers[0][0].dtype
+    empty = _empty_cache(len(cache.layers), B * times, (K, length, C), dtype)
+    return empty._replace(prefix=cache)
+
+
+def _empty_cache(
+    num_layers: int, batch_size: int, shape: tuple[int, int, int], dtype: Any
+) -> KVCache:
+    """shape: `[K, M, C]`."""
 
     def empty() -> jax.Array:
-        zeros = jnp.zeros(shape, dtype or jnp.dtype(cfg.compute_dtype))
-        return constrain(zeros, "layers", "batch", None, "kv_heads", None)
+        zeros = jnp.zeros((batch_size, *shape), dtype)
+        return constrain(zeros, "batch", "kv_heads", None, None)
 
     def unset() -> jax.Array:
-        return constrain(jnp.zeros((batch_size, length), jnp.int32), "batch", None)
+        return constrain(jnp.zeros((batch_size, shape[1]), jnp.int32), "batch", None)
 
     # Each its own array: the state is donated, and a buffer can be donated only once.
-    return KVCache(empty(), empty(), unset(), unset(), jnp.zeros((), jnp.int32))
+    layers = tuple((empty(), empty()) for _ in range(num_layers))
+    return KVCache(layers, unset(), unset(), jnp.zeros((), jnp.int32))
 
 
 def filter_logits(
@@ -153,7 +173,11 @@ def sample(logits: jax.Array, sampling: SamplingConfig, *, key: jax.Array) -> ja
     tempered = (real - real.max(axis=-1, keepdims=True)) / jnp.where(
         temperature > 0, temperature, 1
     )
-    kept = filter_logits(tempered, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+    top_k, top_p, min_p = map(jnp.asarray, (sampling.top_k, sampling.top_p, sampling.min_p))
+    # The vocabulary is sorted only where a rule asks for it.
+    filtered = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))
+    keep = functools.partial(filter_logits, top_k=top_k, top_p=top_p, min_p=min_p)
+    kept = jax.lax.cond(filtered, keep, lambda logits: logits, tempered)
     drawn = jax.random.categorical(key, kept, axis=-1)
     return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 

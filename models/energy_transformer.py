@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig, check_choices
-from jaxlib_methods.models.decoding import init_cache
 from jaxlib_methods.models.layers import (
     Attention,
     FeedForward,
@@ -30,7 +29,7 @@ from jaxlib_methods.models.layers import (
     write_slots,
 )
 from jaxlib_methods.models.partitioning import constrain
-from jaxlib_methods.models.transformer import REMAT_POLICIES, KVCache
+from jaxlib_methods.models.transformer import REMAT_POLICIES
 from jaxlib_methods.pallas_kernels.attention import (
     SHARED_SEGMENT,
     Keys,
@@ -82,6 +81,26 @@ class Rows(NamedTuple):
 
     positions: jax.Array
     segments: jax.Array
+
+
+class ObservedCache(NamedTuple):
+    """What candidates attend to.
+
+    keys, values: `[num_layers, B, M, K, C]`, or with an axis of landscapes in front; positions,
+    segments: int32 `[B, M]`, segment 0 marks an empty slot; length: int32 scalar, the next free
+    slot, common to the batch.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    positions: jax.Array
+    segments: jax.Array
+    length: jax.Array
+
+    @property
+    def num_slots(self) -> int:
+        """M: how many tokens, the landscape's vector with them, the cache can hold."""
+        return self.positions.shape[1]
 
 
 class StreamBlock(nn.Module):
@@ -151,7 +170,7 @@ class EnergyTransformer(nn.Module):
             output="wide",
         )
 
-    def begin(self, cache: KVCache, landscape: jax.Array) -> KVCache:
+    def begin(self, cache: ObservedCache, landscape: jax.Array) -> ObservedCache:
         """Puts the landscape's vector into an empty cache, at position 0, for all documents.
 
         landscape: int32 scalar. Without landscapes the cache stays empty.
@@ -164,14 +183,14 @@ class EnergyTransformer(nn.Module):
         return self._append(x, Rows(zeros, zeros + SHARED_SEGMENT), cache)
 
     def observe(
-        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: KVCache
-    ) -> KVCache:
+        self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: ObservedCache
+    ) -> ObservedCache:
         """Appends tokens `[B, L]` to a cache that `begin` has been given."""
         table = self.embedding().astype(self.cfg.trunk.compute_dtype)
         x = constrain(constrain(table, None, None)[tokens], "batch", "sequence", None)
         return self._append(x, Rows(positions + self.cfg.shift, segments), cache)
 
-    def judge(self, candidates: jax.Array, rows: Rows, cache: KVCache) -> jax.Array:
+    def judge(self, candidates: jax.Array, rows: Rows, cache: ObservedCache) -> jax.Array:
         """Energies `[B, R]`, float32 or better, of the candidates `[B, R, V]` in their rows."""
         rows = rows._replace(positions=rows.positions + self.cfg.shift)
         # A candidate is rotated like the token that it predicts.
@@ -190,7 +209,7 @@ class EnergyTransformer(nn.Module):
         x, _ = self._scan(body)(self.blocks, x, (cache.keys, cache.values))
         return self.energy_head(self.final_norm(x))[..., 0]
 
-    def _append(self, x: jax.Array, rows: Rows, cache: KVCache) -> KVCache:
+    def _append(self, x: jax.Array, rows: Rows, cache: ObservedCache) -> ObservedCache:
         angles = rotation(rows.positions, self.cfg.blocks)
         positions = write_slots(cache.positions, rows.positions, cache.length)
         segments = write_slots(cache.segments, rows.segments, cache.length)
@@ -202,7 +221,7 @@ class EnergyTransformer(nn.Module):
             return block.observe(x, rows, angles, context, cache.length)
 
         _, (keys, values) = self._scan(body)(self.blocks, x, (cache.keys, cache.values))
-        return KVCache(keys, values, positions, segments, cache.length + x.shape[1])
+        return ObservedCache(keys, values, positions, segments, cache.length + x.shape[1])
 
     def _scan(self, body: Callable[..., Any]) -> Callable[..., Any]:
         cfg = self.cfg.trunk
@@ -217,9 +236,23 @@ class EnergyTransformer(nn.Module):
         )
 
 
-def empty_cache(cfg: EnergyTransformerConfig, batch_size: int, length: int) -> KVCache:
-    """A cache with room for `length` tokens and the landscape's vector."""
-    return init_cache(cfg.trunk, batch_size=batch_size, length=length + cfg.shift)
+def empty_cache(cfg: EnergyTransformerConfig, batch_size: int, length: int) -> ObservedCache:
+    """A cache with room for `length` tokens and the landscape's vector.
+
+    Under a mesh the batch is cut over (data, fsdp) and the key heads over tensor.
+    """
+    trunk, slots = cfg.trunk, (batch_size, length + cfg.shift)
+    shape = (trunk.num_layers, *slots, trunk.kv_heads, trunk.head_size)
+
+    def empty() -> jax.Array:
+        zeros = jnp.zeros(shape, jnp.dtype(trunk.compute_dtype))
+        return constrain(zeros, "layers", "batch", None, "kv_heads", None)
+
+    def unset() -> jax.Array:
+        return constrain(jnp.zeros(slots, jnp.int32), "batch", None)
+
+    # Each its own array: the state is donated, and a buffer can be donated only once.
+    return ObservedCache(empty(), empty(), unset(), unset(), jnp.zeros((), jnp.int32))
 
 
 def init_params(cfg: EnergyTransformerConfig, key: jax.Array) -> dict:
@@ -235,7 +268,7 @@ def init_params(cfg: EnergyTransformerConfig, key: jax.Array) -> dict:
     return dict(EnergyTransformer(cfg).init(key, method=whole)["params"])
 
 
-_BY_LANDSCAPE: Any = KVCache(0, 0, None, None, None)  # pyright: ignore[reportArgumentType]
+_BY_LANDSCAPE: Any = ObservedCache(0, 0, None, None, None)  # pyright: ignore[reportArgumentType]
 
 
 def observe(
@@ -245,8 +278,8 @@ def observe(
     *,
     positions: jax.Array,
     segments: jax.Array,
-    cache: KVCache | None = None,
-) -> KVCache:
+    cache: ObservedCache | None = None,
+) -> ObservedCache:
     """Keys and values of the observed tokens, once for every landscape.
 
     tokens, positions, segments: int32 `[B, L]`, as `Transformer`'s. cache: what has been observed
@@ -254,9 +287,9 @@ def observe(
     landscapes, of size 1 where there are none.
     """
 
-    def one(cache: KVCache) -> KVCache:
+    def one(cache: ObservedCache) -> ObservedCache:
         model, seen = EnergyTransformer(cfg), (tokens, positions, segments, cache)
-        return cast(KVCache, model.apply({"params": params}, *seen, method="observe"))
+        return cast(ObservedCache, model.apply({"params": params}, *seen, method="observe"))
 
     if cache is None:
         cache = begin(cfg, params, batch_size=tokens.shape[0], length=tokens.shape[1])
@@ -265,18 +298,20 @@ def observe(
 
 def begin(
     cfg: EnergyTransformerConfig, params: Mapping[str, Any], *, batch_size: int, length: int
-) -> KVCache:
+) -> ObservedCache:
     """A cache for `length` tokens that holds the landscapes' vectors and no token."""
 
-    def one(landscape: jax.Array) -> KVCache:
+    def one(landscape: jax.Array) -> ObservedCache:
         cache = empty_cache(cfg, batch_size, length)
         model = EnergyTransformer(cfg)
-        return cast(KVCache, model.apply({"params": params}, cache, landscape, method="begin"))
+        return cast(
+            ObservedCache, model.apply({"params": params}, cache, landscape, method="begin")
+        )
 
     return jax.vmap(one, out_axes=_BY_LANDSCAPE)(jnp.arange(max(cfg.num_landscapes, 1)))
 
 
-def landscape_at(cache: KVCache, step: jax.Array) -> KVCache:
+def landscape_at(cache: ObservedCache, step: jax.Array) -> ObservedCache:
     """The cache of the landscape of a descent step; the last one serves all later steps."""
     index = jnp.minimum(step, cache.keys.shape[0] - 1)
     return cache._replace(keys=cache.keys[index], values=cache.values[index])
@@ -287,7 +322,7 @@ def judge(
     params: Mapping[str, Any],
     candidates: jax.Array,
     rows: Rows,
-    cache: KVCache,
+    cache: ObservedCache,
 ) -> jax.Array:
     """Energies `[B, R]` of candidate distributions `[B, R, V]`; cache: of one landscape."""
     model = EnergyTransformer(cfg)

@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,23 @@ import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import constrain
-from jaxlib_methods.pallas_kernels.attention import attention_reference
+from jaxlib_methods.pallas_kernels.attention import Part, attend_parts, attention_reference
 
 Initializer = Callable[..., jax.Array]
 Rotation = tuple[jax.Array, jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]  # of one layer, each `[B, K, M, C]`
+
+
+class LayerCache(NamedTuple):
+    """What the attention of a layer has seen.
+
+    own: keys and values; at: where the next are written, see `write_slots`. prefix: what rows of
+    the batch have in common, only read, or None.
+    """
+
+    own: KeysValues
+    at: jax.Array
+    prefix: Part | None = None
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
@@ -125,6 +138,16 @@ def write_slots(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
     return slots.at[rows, at].set(new.astype(slots.dtype), mode="drop")
 
 
+def write_heads(slots: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """`write_slots` of `new` `[B, L, K, C]` into keys or values `[B, K, M, C]`, heads first."""
+    new = new.astype(slots.dtype)
+    if at.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(slots, jnp.swapaxes(new, 1, 2), at, axis=2)
+    # Heads are indexed too: a slice between indices makes XLA transpose the whole array.
+    rows, heads = jnp.arange(slots.shape[0])[:, None, None], jnp.arange(slots.shape[1])[None, None]
+    return slots.at[rows, heads, at[:, :, None]].set(new, mode="drop")
+
+
 def _kernel_init(
     cfg: TransformerConfig, fan_in: int, scale: float, used: int | None
 ) -> Initializer:
@@ -229,10 +252,9 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values.
 
-    x: `[B, L, D]`; where: bool `[B, L, M]`; angles: rotary cosine and sine or None;
-    cache: keys and values `[B, M, K, C]` of this layer and where to write (see `write_slots`), or
-    None.
-    Returns the output `[B, L, D]` and the cache's new keys and values (None without a cache).
+    x: `[B, L, D]`; where: bool `[B, L, M]`; angles: rotary cosine and sine or None; cache: of this
+    layer, or None, its own slots being the M keys of `where`.
+    Returns the output `[B, L, D]` and the cache's own new keys and values (None without a cache).
     """
 
     cfg: TransformerConfig
@@ -286,17 +308,22 @@ class Attention(nn.Module):
         x: jax.Array,
         where: jax.Array,
         angles: Rotation | None,
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, KeysValues | None]:
         query, key, value = self.heads(x, angles)
-        if cache is not None:
-            keys, values, slot = cache
-            key, value = write_slots(keys, key, slot), write_slots(values, value, slot)
-        # Context parallelism: queries stay cut along the sequence, keys and values are gathered.
-        key = constrain(key, "batch", None, "kv_heads", None)
-        value = constrain(value, "batch", None, "kv_heads", None)
-        mixed = attention_reference(query, key.astype(query.dtype), value, where=where)
-        return self.output(mixed.astype(query.dtype)), None if cache is None else (key, value)
+        if cache is None:
+            # Context parallelism: queries stay cut along the sequence, keys and values are
+            # gathered.
+            key = constrain(key, "batch", None, "kv_heads", None)
+            value = constrain(value, "batch", None, "kv_heads", None)
+            mixed = attention_reference(query, key, value, where=where)
+            return self.output(mixed.astype(query.dtype)), None
+        kept = (write_heads(*each, cache.at) for each in zip(cache.own, (key, value), strict=True))
+        keys, values = (constrain(x, "batch", "kv_heads", None, None) for x in kept)
+        parts = [Part(keys, values, where)]
+        if cache.prefix is not None:
+            parts.append(cache.prefix)
+        return self.output(attend_parts(query, parts)), (keys, values)
 
 
 class FeedForward(nn.Module):
@@ -362,8 +389,8 @@ class Block(nn.Module):
         x: jax.Array,
         where: jax.Array,
         angles: Rotation | None,
-        cache: tuple[jax.Array, jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cache: LayerCache | None,
+    ) -> tuple[jax.Array, KeysValues | None]:
         cfg = self.cfg
         attention_norm = Norm(cfg, cfg.embed_dim, name="attention_norm")
         mlp_norm = Norm(cfg, cfg.embed_dim, name="mlp_norm")

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.layers import (
+    KeysValues,
+    LayerCache,
     Norm,
     Projection,
     Rotation,
@@ -42,23 +44,23 @@ from jaxlib_methods.pallas_kernels.attention import visible
 
 STATE_DEVIATION = (2 / 5) ** 0.5  # of s_0, before it is cut: sqrt(D) times that of the embedding
 
-KeysValues = tuple[jax.Array, jax.Array]
+_Kept = tuple[KeysValues, ...]  # of the blocks of a stack
 
 
 class RecurrentCache(NamedTuple):
     """Keys and values; a token's slot is its position, counted from 0 in its row.
 
-    prelude `[P, B, M, K, C]` and coda `[Q, B, M, K, C]`: each keys and values. core:
-    `[S, R, B, M, K, C]`: iteration i (from 0) of a token is kept at i mod S until a later one
-    takes its place. steps: int32 `[B, M]`, iterations that each token has taken.
+    prelude and coda: of each of the P and Q blocks keys and values `[B, K, M, C]`. core: of each of
+    the R blocks `[S, B, K, M, C]`: iteration i (from 0) of a token is kept at i mod S until a later
+    one takes its place. steps: int32 `[B, M]`, iterations that each token has taken.
 
     Nothing is ever taken back: a token sees no position after its own, and whoever comes to a
     position writes it first.
     """
 
-    prelude: KeysValues
-    core: KeysValues
-    coda: KeysValues
+    prelude: _Kept
+    core: _Kept
+    coda: _Kept
     steps: jax.Array
 
     @property
@@ -69,7 +71,7 @@ class RecurrentCache(NamedTuple):
     @property
     def kept_steps(self) -> int:
         """S: how many iterations of each token it keeps."""
-        return self.core[0].shape[0]
+        return self.core[0][0].shape[0]
 
 
 class Reading(NamedTuple):
@@ -98,12 +100,13 @@ class _Stack(nn.Module):
         self,
         x: jax.Array,
         reading: Reading,
-        kv: KeysValues | None,
+        kept: _Kept = (),
         tap_layer: int | None = None,
-    ) -> tuple[jax.Array, jax.Array | None, KeysValues | None]:
+    ) -> tuple[jax.Array, jax.Array | None, _Kept]:
         if not self.num_layers:
-            return x, None if tap_layer is None else x, kv
-        cache = None if kv is None or reading.slots is None else (*kv, reading.slots)
+            return x, None if tap_layer is None else x, kept
+        slots = reading.slots
+        cache = () if slots is None else tuple(LayerCache(own, slots) for own in kept)
         where, angles = reading.where, reading.angles
         return run_blocks(self.cfg, self.num_layers, x, where, angles, cache, tap_layer)
 
@@ -138,8 +141,8 @@ class RecurrentTransformer(nn.Module):
         """One iteration of everything, for the parameters' sake."""
         ones = jnp.ones_like(inputs)
         reading, _ = self.run_prelude(inputs, jnp.zeros_like(inputs), ones, None, None)
-        state, _ = self.run_core(reading.embedded, reading, None)
-        return self.run_coda(state, reading, None)[0]
+        state, _ = self.run_core(reading.embedded, reading)
+        return self.run_coda(state, reading)[0]
 
     def run_prelude(
         self,
@@ -148,7 +151,7 @@ class RecurrentTransformer(nn.Module):
         segments: jax.Array,
         cache: RecurrentCache | None,
         tap_layer: int | None,
-    ) -> tuple[Reading, KeysValues | None]:
+    ) -> tuple[Reading, _Kept]:
         cfg = self.cfg
         x = look_up(cfg, self.embedding(), inputs) * jnp.asarray(
             cfg.embed_dim**0.5, jnp.dtype(cfg.compute_dtype)
@@ -167,13 +170,13 @@ class RecurrentTransformer(nn.Module):
             where = visible(positions, every, real, jnp.ones_like(every))
             slots = jnp.where(segments != 0, positions, cache.num_slots)
         reading = Reading(x, None, where, angles, slots)
-        kv = None if cache is None else cache.prelude
-        x, tap, kv = self.prelude(x, reading, kv, tap_layer)
-        return reading._replace(embedded=x, hidden=tap), kv
+        kept = () if cache is None else cache.prelude
+        x, tap, kept = self.prelude(x, reading, kept, tap_layer)
+        return reading._replace(embedded=x, hidden=tap), kept
 
     def run_core(
-        self, state: jax.Array, reading: Reading, kv: KeysValues | None
-    ) -> tuple[jax.Array, KeysValues | None]:
+        self, state: jax.Array, reading: Reading, kept: _Kept = ()
+    ) -> tuple[jax.Array, _Kept]:
         e = reading.embedded
         injection = self.cfg.injection
         if injection == "linear":
@@ -182,17 +185,17 @@ class RecurrentTransformer(nn.Module):
             state = state + e
         elif injection == "gate":
             state = state * e
-        state, _, kv = self.core(state, reading, kv)
-        return state, kv
+        state, _, kept = self.core(state, reading, kept)
+        return state, kept
 
     def run_coda(
-        self, state: jax.Array, reading: Reading, kv: KeysValues | None
-    ) -> tuple[jax.Array, jax.Array, KeysValues | None]:
-        x, _, kv = self.coda(self.final_norm(state), reading, kv)
+        self, state: jax.Array, reading: Reading, kept: _Kept = ()
+    ) -> tuple[jax.Array, jax.Array, _Kept]:
+        x, _, kept = self.coda(self.final_norm(state), reading, kept)
         x = self.final_norm(x)
         table = self.embedding()
         logits = tied_logits(x, table) if self.cfg.tie_embeddings else self.head(x)
-        return mask_padding(self.cfg, logits), x, kv
+        return mask_padding(self.cfg, logits), x, kept
 
 
 def _apply(cfg: TransformerConfig, params: Mapping[str, Any], method: Any, *args: Any) -> Any:
@@ -213,19 +216,18 @@ def init_cache(
     """
     if kept_steps < 1:
         raise ValueError(f"kept_steps {kept_steps} must be at least 1")
-    tail = (batch_size, length, cfg.kv_heads, cfg.head_size)
+    tail = (batch_size, cfg.kv_heads, length, cfg.head_size)
 
     def empty(*lead: int) -> jax.Array:
         zeros = jnp.zeros((*lead, *tail), jnp.dtype(cfg.compute_dtype))
-        names = [None] * len(lead)
-        return constrain(zeros, *names, "batch", None, "kv_heads", None)
+        return constrain(zeros, *(None,) * len(lead), "batch", "kv_heads", None, None)
 
-    def both(*lead: int) -> KeysValues:
-        return empty(*lead), empty(*lead)
+    def blocks(count: int, *lead: int) -> _Kept:
+        return tuple((empty(*lead), empty(*lead)) for _ in range(count))
 
     steps = constrain(jnp.zeros((batch_size, length), jnp.int32), "batch", None)
-    core = both(kept_steps, cfg.core_layers)
-    return RecurrentCache(both(cfg.prelude_layers), core, both(cfg.coda_layers), steps)
+    core = blocks(cfg.core_layers, kept_steps)
+    return RecurrentCache(blocks(cfg.prelude_layers), core, blocks(cfg.coda_layers), steps)
 
 
 def initial_state(cfg: TransformerConfig, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -268,8 +270,8 @@ def read(
     tap_layer: k returns the stream after block k (0: the embedding) as `hidden`.
     """
     method = RecurrentTransformer.run_prelude
-    reading, kv = _apply(cfg, params, method, inputs, positions, segments, cache, tap_layer)
-    return reading, None if cache is None else cache._replace(prelude=kv)
+    reading, kept = _apply(cfg, params, method, inputs, positions, segments, cache, tap_layer)
+    return reading, None if cache is None else cache._replace(prelude=kept)
 
 
 def iterate(
@@ -289,7 +291,7 @@ def iterate(
     their deepest. active: bool `[B, L]`; the others keep their state and their keys.
     """
     if cache is None:
-        new, _ = _apply(cfg, params, RecurrentTransformer.run_core, state, reading, None)
+        new, _ = _apply(cfg, params, RecurrentTransformer.run_core, state, reading)
     else:
         assert reading.slots is not None
         assert step is not None
@@ -298,7 +300,7 @@ def iterate(
             slots = jnp.where(active, slots, cache.num_slots)
         step = jnp.broadcast_to(step, slots.shape[:1])
         here = reading._replace(slots=slots)
-        seen = _kept(cache, step)
+        seen = _seen(cache, step)
         new, seen = _apply(cfg, params, RecurrentTransformer.run_core, state, here, seen)
         core = _keep(cache, seen, step, slots)
         taken = jnp.broadcast_to(step[:, None] + 1, slots.shape)
@@ -308,28 +310,28 @@ def iterate(
     return new, cache
 
 
-def _kept(cache: RecurrentCache, step: jax.Array) -> KeysValues:
-    """Keys and values `[R, B, M, K, C]` that iteration `step` (int32 `[B]`) attends to."""
+def _seen(cache: RecurrentCache, step: jax.Array) -> _Kept:
+    """Keys and values that iteration `step` (int32 `[B]`) of each block attends to."""
     if cache.kept_steps == 1:
-        return cache.core[0][0], cache.core[1][0]
+        return jax.tree.map(lambda x: x[0], cache.core)
     deepest = jnp.clip(jnp.minimum(step[:, None], cache.steps - 1), 0) % cache.kept_steps
-    index = deepest[None, None, :, :, None, None]
-    keys, values = (jnp.take_along_axis(x, index, axis=0)[0] for x in cache.core)
-    return keys, values
+    index = deepest[None, :, None, :, None]
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=0)[0], cache.core)
 
 
-def _keep(cache: RecurrentCache, seen: KeysValues, step: jax.Array, slots: jax.Array) -> KeysValues:
+def _keep(cache: RecurrentCache, seen: _Kept, step: jax.Array, slots: jax.Array) -> _Kept:
     """Puts what was written at `slots` of `seen` where iteration `step` is kept."""
     if cache.kept_steps == 1:
-        return seen[0][None], seen[1][None]
-    rows = jnp.arange(slots.shape[0])[:, None]
-    rings = jnp.broadcast_to((step % cache.kept_steps)[:, None], slots.shape)
+        return jax.tree.map(lambda x: x[None], seen)
+    # Heads are indexed too: a slice between indices makes XLA transpose the whole array.
+    rows = jnp.arange(slots.shape[0])[:, None, None]
+    heads = jnp.arange(seen[0][0].shape[1])[None, None]
+    at, rings = slots[:, :, None], (step % cache.kept_steps)[:, None, None]
 
     def put(core: jax.Array, seen: jax.Array) -> jax.Array:
-        written = jnp.moveaxis(seen[:, rows, slots], 0, 2)  # [B, L, R, K, C]
-        return core.at[rings, :, rows, slots].set(written, mode="drop")
+        return core.at[rings, rows, heads, at].set(seen[rows, heads, at], mode="drop")
 
-    return put(cache.core[0], seen[0]), put(cache.core[1], seen[1])
+    return jax.tree.map(put, cache.core, seen)
 
 
 def predict(
@@ -341,7 +343,7 @@ def predict(
     cache: RecurrentCache | None = None,
 ) -> tuple[jax.Array, jax.Array, RecurrentCache | None]:
     """The coda and the head: a state to logits `[B, L, V]`, the last hidden layer, the cache."""
-    kv = None if cache is None else cache.coda
+    kept = () if cache is None else cache.coda
     method = RecurrentTransformer.run_coda
-    logits, hidden, kv = _apply(cfg, params, method, state, reading, kv)
-    return logits, hidden, None if cache is None else cache._replace(coda=kv)
+    logits, hidden, kept = _apply(cfg, params, method, state, reading, kept)
+    return logits, hidden, None if cache is None else cache._replace(coda=kept)

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.layers import (
     Block,
+    KeysValues,
+    LayerCache,
     Norm,
     Projection,
     Rotation,
@@ -20,7 +22,7 @@ from jaxlib_methods.models.layers import (
     write_slots,
 )
 from jaxlib_methods.models.partitioning import constrain
-from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE, visible
+from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE, Part, visible
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -28,23 +30,23 @@ REMAT_POLICIES = {
 }
 
 
-_KeysValues = tuple[jax.Array, jax.Array]
-_Carry = tuple[jax.Array, jax.Array | None]
-_Layer = tuple[jax.Array, _KeysValues | None]
+_Carry = tuple[jax.Array, jax.Array | None, tuple[LayerCache, ...]]
 
 
 class KVCache(NamedTuple):
     """Keys and values of the tokens seen so far.
 
-    keys, values: `[num_layers, B, M, K, C]`; positions, segments: int32 `[B, M]`, segment 0 marks
-    an empty slot; length: int32 scalar, the next free slot, common to the batch.
+    layers: of each layer keys and values `[B, K, M, C]`, arrays of their own, so that a step writes
+    them in place; positions, segments: int32 `[B, M]`, segment 0 marks an empty slot; length: int32
+    scalar, the next free slot, common to the batch. prefix: a cache of N rows, of which B / N rows
+    behind one another see one, nothing is written to it; or None.
     """
 
-    keys: jax.Array
-    values: jax.Array
+    layers: tuple[KeysValues, ...]
     positions: jax.Array
     segments: jax.Array
     length: jax.Array
+    prefix: "KVCache | None" = None
 
     @property
     def num_slots(self) -> int:
@@ -116,14 +118,13 @@ class Transformer(nn.Module):
         angles = rotation(positions, cfg) if cfg.positions == "rotary" else None
         table, x = self._embed(inputs, positions)
         tap_layer = hidden_layer if isinstance(hidden_layer, int) else None
-        slots = None if cache is None else (cache.keys, cache.values, cache.length)
-        x, tap, kv = run_blocks(cfg, cfg.num_layers, x, where, angles, slots, tap_layer)
+        layers = () if cache is None else _layers(cache, positions, segments)
+        x, tap, kept = run_blocks(cfg, cfg.num_layers, x, where, angles, layers, tap_layer)
         x = Norm(cfg, cfg.embed_dim, name="final_norm")(x)
         new_cache = None
         if cache is not None:
             new_length = cache.length + inputs.shape[1]
-            assert kv is not None
-            new_cache = KVCache(*kv, keys_positions, keys_segments, new_length)
+            new_cache = KVCache(kept, keys_positions, keys_segments, new_length, cache.prefix)
         hidden = x if hidden_layer == "final" else tap
         if num_logits is not None:
             x = x[:, -num_logits:]
@@ -199,46 +200,63 @@ def mask_padding(cfg: TransformerConfig, logits: jax.Array) -> jax.Array:
     return jnp.where(real[None, None], logits, MASKED_SCORE)
 
 
+def _layers(cache: KVCache, positions: jax.Array, segments: jax.Array) -> tuple[LayerCache, ...]:
+    """The cache of each layer, for queries at `positions` of `segments`, int32 `[B, L]`."""
+    prefix = cache.prefix
+    if prefix is None:
+        return tuple(LayerCache(own, cache.length) for own in cache.layers)
+    # The queries of the rows that share one, as if they were those of one row.
+    rows = (prefix.segments.shape[0], -1)
+    queries, documents = positions.reshape(rows), segments.reshape(rows)
+    where = visible(queries, prefix.positions, documents, prefix.segments)
+    return tuple(
+        LayerCache(own, cache.length, Part(*shared, where))
+        for own, shared in zip(cache.layers, prefix.layers, strict=True)
+    )
+
+
 def run_blocks(
     cfg: TransformerConfig,
     num_layers: int,
     x: jax.Array,
     where: jax.Array,
     angles: Rotation | None,
-    cache: tuple[jax.Array, jax.Array, jax.Array] | None,
+    cache: tuple[LayerCache, ...] = (),
     tap_layer: int | None = None,
-) -> tuple[jax.Array, jax.Array | None, _KeysValues | None]:
+) -> tuple[jax.Array, jax.Array | None, tuple[KeysValues, ...]]:
     """Scans `num_layers` blocks that are declared as `blocks` in the calling compact module.
 
-    cache: keys and values `[num_layers, B, M, K, C]` and where to write, or None. Returns the
-    stream, that after block `tap_layer` (0: the input), the new keys and values.
+    cache: of each block, or of none. Returns the stream, that after block `tap_layer` (0: the
+    input), the new keys and values of each cache.
     """
     block_class = Block
     if cfg.remat != "none":
         policy = REMAT_POLICIES[cfg.remat]
         block_class = nn.remat(Block, policy=policy, prevent_cse=False)
-    keys_values, slot = (None, None) if cache is None else (cache[:2], cache[2])
 
-    def body(block: Block, carry: _Carry, layer: _Layer) -> tuple[_Carry, _KeysValues | None]:
-        (x, tap), (index, kv) = carry, layer
-        slots = None if kv is None or slot is None else (*kv, slot)
-        x, kv = block(x, where, angles, slots)
+    def body(block: Block, carry: _Carry, index: jax.Array) -> tuple[_Carry, None]:
+        x, tap, layers = carry
+        x, kept = block(x, where, angles, layers[0] if layers else None)
+        if kept is not None:
+            # The next block's comes first; after all blocks each is in its place again.
+            layers = (*layers[1:], layers[0]._replace(own=kept))
         if tap is not None:
             # Outside the remat: a select needs nothing saved, so a tap costs one array.
             tap = jnp.where(index + 1 == tap_layer, x, tap)
-        return (x, tap), kv
+        return (x, tap, layers), None
 
     scan = nn.scan(
         body,
         variable_axes={"params": 0},
         split_rngs={"params": True},
         length=num_layers,
+        # A loop would copy the caches at every block: with them there is none.
+        unroll=num_layers if cache else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    carry = (x, None if tap_layer is None else x)
-    layers = (jnp.arange(num_layers), keys_values)
-    (x, tap), kv = scan(block_class(cfg, name="blocks"), carry, layers)
-    return x, tap, kv
+    carry = (x, None if tap_layer is None else x, cache)
+    (x, tap, cache), _ = scan(block_class(cfg, name="blocks"), carry, jnp.arange(num_layers))
+    return x, tap, tuple(layer.own for layer in cache)
 
 
 def init_params(cfg: TransformerConfig, key: jax.Array) -> dict:

@@ -1,7 +1,7 @@
 """Softmax attention over packed documents, twice differentiable with memory linear in the length.
 
 `attention` returns the output and the log-sum-exp of the scores. `attention_reference` is the
-specification; `tiled_attention` is what the models run.
+specification; `tiled_attention` is what the models run, `attend_parts` what decodes with a cache.
 """
 
 # Dimension key: B batch, L queries, M keys, H query heads, K key heads, G = H / K, C head size,
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.pallas_kernels.attention.derivatives import attend
+from jaxlib_methods.pallas_kernels.attention.parts import Part, attend_parts
 from jaxlib_methods.pallas_kernels.attention.reference import (
     Keys,
     attention_reference,
@@ -29,6 +30,8 @@ __all__ = [
     "MASKED_SCORE",
     "SHARED_SEGMENT",
     "Keys",
+    "Part",
+    "attend_parts",
     "attention",
     "attention_reference",
     "tiled_attention",

@@ -66,7 +66,7 @@ def sample(
         params,
         prompts,
         jnp.full((count,), length),
-        cache=decoding.init_cache(cfg, batch_size=count, length=cfg.max_length),
+        cache=decoding.init_cache(cfg, batch_size=count, length=length),
         num_rollouts=_ROLLOUTS.value,
         max_thought=_NEW.value,
         max_answer=0,

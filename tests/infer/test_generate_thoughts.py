@@ -52,7 +52,7 @@ def test_a_greedy_answer_is_that_of_a_greedy_rollout(restored_thoughts: Restored
 
     @jax.jit
     def expected(params: Any) -> Any:
-        cache = decoding.init_cache(setting.model, batch_size=3, length=17)
+        cache = decoding.init_cache(setting.model, batch_size=3, length=12)
         return roll_out(
             setting.apply, params, jnp.asarray(prompts), jnp.asarray(lengths), cache=cache,
             num_rollouts=1, max_thought=4, max_answer=1, temperature=0.0, tokens=setting.tokens,

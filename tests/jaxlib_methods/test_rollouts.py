@@ -40,8 +40,8 @@ def scripted(
 
 
 def empty_cache(rows: int, slots: int) -> KVCache:
-    nothing, unset = jnp.zeros((1, rows, slots, 1, 1)), jnp.zeros((rows, slots), jnp.int32)
-    return KVCache(nothing, nothing, unset, unset, jnp.int32(0))
+    nothing, unset = jnp.zeros((rows, 1, slots, 1)), jnp.zeros((rows, slots), jnp.int32)
+    return KVCache(((nothing, nothing),), unset, unset, jnp.int32(0))
 
 
 SIZES = ("num_rollouts", "max_thought", "max_answer", "force_close")
@@ -49,8 +49,7 @@ SIZES = ("num_rollouts", "max_thought", "max_answer", "force_close")
 
 @functools.partial(jax.jit, static_argnames=("apply", *SIZES), compiler_options=QUICK)
 def run_script(apply: Any, table: jax.Array, lengths: jax.Array, **settings: Any) -> rl.Rollouts:
-    slots = settings["max_thought"] + settings["max_answer"] + P
-    prompts, cache = jnp.zeros((len(lengths), P), jnp.int32), empty_cache(len(lengths), slots)
+    prompts, cache = jnp.zeros((len(lengths), P), jnp.int32), empty_cache(len(lengths), P)
     return rl.roll_out(apply, table, prompts, lengths, cache=cache, **settings)
 
 
@@ -336,14 +335,14 @@ def test_rollouts_have_no_gradient():
         ({"max_answer": -1}, "max_thought 3 and max_answer -1 must be at least 0"),
         ({"max_thought": 0, "force_close": False}, "max_thought 0 samples nothing"),
         ({"cache": empty_cache(4, 20)}, "cache for 4 rows does not fit 2 prompts"),
-        ({"cache": (1, 2)}, "rollouts repeat a KVCache, not a tuple"),
-        ({"cache": empty_cache(2, 10)}, "cache of 10 slots is too small for 6 prompt tokens and 6"),
+        ({"cache": (1, 2)}, "rollouts share a KVCache, not a tuple"),
+        ({"cache": empty_cache(2, 5)}, "cache of 5 slots is too small for 6 prompt tokens"),
     ],
 )
 def test_impossible_sizes_are_refused(changes: dict[str, Any], message: str):
     settings: dict[str, Any] = {"num_rollouts": 1, "max_thought": 3, "max_answer": 2}
     settings |= {"temperature": 1.0, "tokens": IDS, "key": jax.random.key(0)}
-    settings |= {"cache": empty_cache(2, 11), "force_close": True} | changes
+    settings |= {"cache": empty_cache(2, 6), "force_close": True} | changes
     table, prompts = jnp.zeros((2, 12, V)), jnp.zeros((2, P), jnp.int32)
     with pytest.raises(ValueError, match=message):
         rl.roll_out(scripted, table, prompts, jnp.array([2, 3]), **settings)

@@ -57,7 +57,7 @@ def padded(prompts: list[list[int]] = PROMPTS, width: int = P, junk: int = 5) ->
 def run(
     cfg: TransformerConfig, params: Any, prompts: jax.Array, lengths: jax.Array, settings: Any
 ) -> rl.Rollouts:
-    cache = decoding.init_cache(cfg, batch_size=len(prompts), length=prompts.shape[1] + R - 1)
+    cache = decoding.init_cache(cfg, batch_size=len(prompts), length=prompts.shape[1])
     sizes: dict[str, Any] = {"num_rollouts": G, "max_thought": THOUGHT, "max_answer": ANSWER}
     apply = functools.partial(forward, cfg)
     return rl.roll_out(

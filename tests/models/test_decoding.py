@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from typing import Any
 
 import jax
@@ -117,6 +118,40 @@ def test_cached_logits_equal_the_full_forward_at_every_position(name: str):
         cache = out.cache
         np.testing.assert_allclose(out.logits, full[:, begin:end], rtol=1e-5, atol=1e-5)
     assert int(cache.length) == 11
+
+
+def test_rows_that_share_a_prefix_equal_the_full_forward():
+    cfg, times, begin = ROTARY, 3, 5
+    rows = jax.random.randint(jax.random.key(2), (2 * times, 9), 0, cfg.vocab_size)
+    rows = rows.at[:, :begin].set(jnp.repeat(rows[::times, :begin], times, axis=0))
+    apply, params = jax.jit(functools.partial(forward, cfg)), params_of(cfg)
+    full = apply(params, rows).logits
+    first = decoding.init_cache(cfg, batch_size=2, length=begin + 1)
+    prefix = apply(params, rows[::times, :begin], cache=first).cache
+    cache = decoding.branch(prefix, times, length=4)
+    for left, right in [(5, 7), (7, 9)]:
+        positions = jnp.broadcast_to(jnp.arange(left, right)[None], (2 * times, right - left))
+        out = apply(params, rows[:, left:right], positions=positions, cache=cache)
+        cache = out.cache
+        np.testing.assert_allclose(out.logits, full[:, left:right], rtol=1e-5, atol=1e-5)
+    assert (int(cache.length), cache.num_slots) == (4, 4)
+    jax.tree.map(np.testing.assert_array_equal, cache.prefix, prefix)
+
+
+def test_a_step_writes_its_cache_in_place():
+    apply, params = functools.partial(forward, ROTARY), params_of(ROTARY)
+    state = start(ROTARY, params, *padded(PROMPTS))
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def more(params: Any, state: decoding.DecodeState) -> decoding.DecodeState:
+        settings: Any = {"num_steps": 4, "sampling": GREEDY, "key": jax.random.key(0)}
+        return decoding.decode_steps(apply, params, state, **settings)
+
+    program = more.lower(params, state).compile().as_text() or ""
+    kept = state.cache.layers[0][0]
+    shape = rf"f32\[{','.join(map(str, kept.shape))}\]"
+    assert len(re.findall(rf"= {shape}\S* \S*dynamic-update-slice", program)) >= 4
+    assert not re.findall(rf"= {shape}\S* (?:copy|slice|select|concatenate)\(", program)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -349,4 +384,4 @@ def test_a_mesh_changes_no_token(data: int, tensor: int):
         together, _ = _run(ROTARY, params, *padded(prompts), 5, settings)
         cache = jax.jit(lambda: decoding.init_cache(ROTARY, batch_size=8, length=12))()
     assert together.tolist() == alone.tolist()
-    assert cache.keys.addressable_shards[0].data.shape == (2, tensor, 12, 2 // tensor, 4)
+    assert cache.layers[0][0].addressable_shards[0].data.shape == (tensor, 2 // tensor, 12, 4)

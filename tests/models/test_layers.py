@@ -334,3 +334,13 @@ def test_block_equals_numpy(name):
         np.testing.assert_allclose(
             got[0], block_in_numpy(params, x, where, at, cfg), rtol=1e-6, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("at", [2, [[4, 0, 5], [1, 7, 3]]])  # 5 and more write nothing
+def test_heads_are_written_like_slots(at: Any):
+    rng = np.random.default_rng(0)
+    slots, new = (jnp.asarray(rng.normal(size=(2, size, 7, 3))) for size in (5, 3))
+    got = layers.write_heads(jnp.swapaxes(slots, 1, 2), new, jnp.asarray(at))
+    want = layers.write_slots(slots, new, jnp.asarray(at))
+    np.testing.assert_array_equal(jnp.swapaxes(got, 1, 2), want)
+    assert not np.array_equal(want, slots)

@@ -13,6 +13,8 @@ from jax.test_util import check_grads
 from jaxlib_methods.pallas_kernels.attention import (
     SHARED_SEGMENT,
     Keys,
+    Part,
+    attend_parts,
     attention_reference,
     tiled_attention,
     visible,
@@ -268,3 +270,49 @@ def test_memory_is_linear_in_the_length():
 
     assert temporary(1024, 64) <= 2.3 * temporary(512, 64)
     assert temporary(1024, 1024) >= 3.5 * temporary(512, 512)
+
+
+# Attention to keys in several arrays, heads first.
+
+
+@pytest.mark.parametrize(("length", "group"), [(1, 1), (3, 2)])
+def test_parts_equal_one_array_of_all_keys(length: int, group: int):
+    N, times, K, C, sizes = 2, 5, 3, 4, (7, 11)
+    B, rng = N * times, np.random.default_rng(0)
+    query = jnp.asarray(rng.normal(size=(B, length, K * group, C)), jnp.float32)
+    shared, own = (
+        [jnp.asarray(rng.normal(size=(rows, K, size, C)), jnp.float32) for _ in range(2)]
+        for rows, size in zip((N, B), sizes, strict=True)
+    )
+    seen, own_seen = (rng.random((B, length, size)) < 0.6 for size in sizes)
+    seen[0] = own_seen[1] = False  # one part may be out of sight
+    own_seen[0, :, 2] = seen[1, :, 3] = True
+    shared_seen = jnp.asarray(seen.reshape(N, -1, sizes[0]))
+
+    def in_parts(query: jax.Array, shared: Any, own: Any) -> jax.Array:
+        parts = [
+            Part(own[0], own[1], jnp.asarray(own_seen)),
+            Part(shared[0], shared[1], shared_seen),
+        ]
+        return attend_parts(query, parts)
+
+    def in_one(query: jax.Array, shared: Any, own: Any) -> jax.Array:
+        joined = (
+            jnp.concatenate([jnp.repeat(old, times, axis=0), new], axis=2).swapaxes(1, 2)
+            for old, new in zip(shared, own, strict=True)
+        )
+        where = jnp.concatenate([seen, own_seen], axis=2)
+        return attention_reference(query, *joined, where=where)
+
+    weights = rng.normal(size=query.shape)
+
+    def with_gradients(attend: Any) -> Any:
+        def total(*arrays: Any) -> tuple[jax.Array, jax.Array]:
+            mixed = attend(*arrays)
+            return (weights * mixed).sum(), mixed
+
+        total_and_gradients = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
+        return jax.jit(total_and_gradients)(query, shared, own)
+
+    got, want = with_gradients(in_parts), with_gradients(in_one)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), got, want)
