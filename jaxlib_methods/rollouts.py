@@ -9,7 +9,7 @@ it. Here `apply` takes `num_logits` too, in passes without a cache (see `models.
 # Dimension key: N prompts, G rollouts of each, B = N G rows, P padded prompt, R response slots,
 # A answer slots, W tokens of a pass, V padded vocabulary.
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -178,7 +178,7 @@ def _fork(state: DecodeState, times: int, slots: int) -> DecodeState:
         rows, (state.last, state.positions, state.lengths, state.done)
     )
     tokens = constrain(jnp.zeros((len(last), slots), jnp.int32), "batch", None)
-    cache = branch(state.cache, times, length=slots)
+    cache = branch(cast(KVCache, state.cache), times, length=slots)
     return DecodeState(cache, last, positions, tokens, lengths, done, state.step)
 
 

@@ -11,7 +11,7 @@ import enum
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,15 @@ def _unflatten(_: None, leaves: tuple[Any, ...]) -> SamplingConfig:
 jax.tree_util.register_pytree_node(SamplingConfig, _flatten, _unflatten)
 
 
+class Cache(Protocol):
+    """`KVCache`, or what another model keeps of the tokens seen so far."""
+
+    @property
+    def num_slots(self) -> int:
+        """How many tokens it can hold."""
+        ...
+
+
 class DecodeState(NamedTuple):
     """Where a batch of continuations stands.
 
@@ -92,7 +101,7 @@ class DecodeState(NamedTuple):
     `lengths` `[B]` on. done: bool `[B]`. step: int32 scalar, tokens drawn so far in each row.
     """
 
-    cache: KVCache
+    cache: Cache
     last: jax.Array
     positions: jax.Array
     tokens: jax.Array
@@ -188,7 +197,7 @@ def prefill(
     tokens: jax.Array,
     lengths: jax.Array,
     *,
-    cache: KVCache,
+    cache: Cache,
     max_new_tokens: int,
 ) -> DecodeState:
     """Reads all but the last token of each prompt into an empty cache.
@@ -229,7 +238,7 @@ def prefill(
     )
 
 
-def next_logits(apply: Apply, params: Any, state: DecodeState) -> tuple[jax.Array, KVCache]:
+def next_logits(apply: Apply, params: Any, state: DecodeState) -> tuple[jax.Array, Cache]:
     """Logits `[B, V]` of the token after `state.last`, and the cache with `state.last` in it.
 
     Rows that are done read padding: they mean nothing, and no thinking waits for them.
@@ -298,7 +307,7 @@ def generate(
     tokens: jax.Array,
     lengths: jax.Array,
     *,
-    cache: KVCache,
+    cache: Cache,
     max_new_tokens: int,
     sampling: SamplingConfig,
     key: jax.Array,

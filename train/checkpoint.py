@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import logging
+import sys
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -65,13 +66,17 @@ def load(
 
 
 def _drop_reads(error: BaseException | None) -> None:
-    """Frees the reads that Orbax never began; Python would warn of each of them later."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__ or error.__context__
-        gc.collect()
+    """Frees the reads that Orbax left; Python would report the end of each at some later time."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda report: None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            while error is not None:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__cause__ or error.__context__
+            gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 class Checkpoints:

@@ -246,8 +246,12 @@ def test_a_damaged_checkpoint_is_named_or_read_as_it_was(tmp_path):
         assert_same(checkpoints.restore(abstract), numbered(abstract, step=3))
 
 
-def test_reads_that_never_began_are_freed_with_the_error():
+def test_reads_that_orbax_left_are_freed_with_the_error():
     reads = weakref.WeakSet()
+
+    class Pause:
+        def __await__(self):
+            yield
 
     class Damaged:
         checkpoints = (SimpleNamespace(step=4),)
@@ -255,9 +259,13 @@ def test_reads_that_never_began_are_freed_with_the_error():
 
         def load_checkpointables(self, step, abstract):
             async def read():
-                pass
+                try:
+                    await Pause()
+                finally:
+                    raise RuntimeError("the loop is closed")
 
             waiting = [read() for _ in range(3)]
+            waiting[0].send(None)
             reads.update(waiting)
             raise RuntimeError("cut short")
 
