@@ -14,7 +14,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,8 @@ def load(
 
 def _drop_reads(error: BaseException | None) -> None:
     """Frees the reads that Orbax left; Python would report the end of each at some later time."""
-    hook, sys.unraisablehook = sys.unraisablehook, lambda report: None
+    report = sys.unraisablehook
+    sys.unraisablehook = lambda found: None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)
@@ -76,7 +77,14 @@ def _drop_reads(error: BaseException | None) -> None:
                 error = error.__cause__ or error.__context__
             gc.collect()
     finally:
-        sys.unraisablehook = hook
+        # Those under way end later, in threads of tensorstore, and find that their loop is closed.
+        known = getattr(report, "func", None) is _report_unless_closed
+        sys.unraisablehook = report if known else functools.partial(_report_unless_closed, report)
+
+
+def _report_unless_closed(report: Callable[[Any], object], found: Any) -> None:
+    if "Event loop is closed" not in str(found.exc_value):
+        report(found)
 
 
 class Checkpoints:
@@ -153,12 +161,13 @@ class Checkpoints:
 
 
 def _hide_tracebacks() -> None:
-    """Orbax logs the errors that it raises, many times over."""
+    """Orbax logs the errors that it raises, many times over, and asyncio those of its reads."""
     logging.getLogger("absl").addFilter(_not_a_traceback)
+    logging.getLogger("asyncio").addFilter(_not_a_traceback)
 
 
 def _not_a_traceback(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
 
 
 class _EveryCall:

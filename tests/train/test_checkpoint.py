@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import logging
 import re
 import shutil
+import sys
 import threading
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -272,6 +274,24 @@ def test_reads_that_orbax_left_are_freed_with_the_error():
     with pytest.raises(ValueError, match=r"w/checkpoints/4 cannot be read: cut short; .*the start"):
         checkpoint.load(cast("ocp.training.Checkpointer", Damaged()), None, {})
     assert not reads
+
+
+def test_what_reads_say_after_their_end_is_not_passed_on(monkeypatch, caplog):
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    for _ in range(2):
+        checkpoint._drop_reads(None)
+    late, other = (
+        cast(Any, SimpleNamespace(exc_value=RuntimeError(text)))
+        for text in ("Event loop is closed", "other")
+    )
+    sys.unraisablehook(late)
+    sys.unraisablehook(other)
+    assert said == [other]
+    checkpoint._hide_tracebacks()
+    for task in ("<Task defined at /orbax/checkpoint/x.py>", "<Task of another>"):
+        logging.getLogger("asyncio").error("never retrieved %s", task, exc_info=ValueError("cut"))
+    assert [record.args for record in caplog.records] == [("<Task of another>",)]
 
 
 def test_a_save_that_fails_is_one_oserror(tmp_path, monkeypatch):
