@@ -233,7 +233,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforcement_midtraining_14b": Preset(
         config=_midtraining_14b(),
-        hardware="16 GPUs of 80 GB",
+        hardware="not known: compiled for 256 TPU v5e it needs 65 GiB of a chip's 16",
         time="7 h on H100 (computed)",
         result="QWEN Qwen3-14B, FILES OmniMATH; paper: next tokens 59.1 % right against 35.9 % of "
         "RPT, thoughts of 186 tokens",
@@ -241,7 +241,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforcement_midtraining_rlp_1p7b": Preset(
         config=_information_gain_1p7b(),
-        hardware="128 GPUs of 80 GB, whose caches hold all rollouts of a step (3.9 TB)",
+        hardware="not known: compiled for 64 TPU v6e it needs 184 GiB of a chip's 31",
         time="42 min on H100 (computed)",
         result="QWEN Qwen3-1.7B-Base; paper: 42.2 % against 34.0 % without, mean of its tasks",
         needs=_QWEN,
