@@ -118,6 +118,8 @@ def _language_model(
     depth: DepthConfig,
     seed: int,
 ) -> LanguageModel:
+    # The run's may be kernels of another platform.
+    model = dataclasses.replace(model, loss_implementation="auto", attention_implementation="auto")
     kind = kinds.kind_of(config, model)
     if kind in ("questions", "images"):
         raise ValueError(f"{kinds.KINDS[kind].what} predicts no text")
@@ -126,8 +128,7 @@ def _language_model(
     run = None if config is None else config.method_config
     if isinstance(run, EnergyConfig):
         return Thinker(run, energy.model_config(model, run), think, seed)
-    # The run's may be a kernel of another platform.
-    return Trunk(dataclasses.replace(model, loss_implementation="auto"))
+    return Trunk(model)
 
 
 def check(

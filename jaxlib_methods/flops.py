@@ -15,6 +15,7 @@ from jax.interpreters import partial_eval
 
 from jaxlib_methods.models import recurrent_training
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.pallas_kernels.attention.derivatives import in_one_tile
 
 TRAIN_TO_FORWARD = 3  # the backward of a matmul is two matmuls of the same size
 
@@ -151,10 +152,10 @@ def count_dot_flops(fn: Callable[..., Any], *args: Any) -> int:
     """FLOPs of all matmuls and convolutions that `fn(*args)` executes, over all devices.
 
     args: arrays or `jax.ShapeDtypeStruct`s; nothing is run. A scan counts `length` times, a
-    `shard_map` once per device, a Pallas kernel once per grid point, a conditional as its most
-    expensive branch. Recomputation under `jax.checkpoint` counts; what no result depends on does
-    not, since XLA drops it. Raises ValueError for a matmul in a while loop, whose number of trips
-    is unknown.
+    `shard_map` once per device, a Pallas kernel once per grid point, attention in tiles as all
+    scores, a conditional as its most expensive branch. Recomputation under `jax.checkpoint` counts;
+    what no result depends on does not, since XLA drops it. Raises ValueError for a matmul in a
+    while loop, whose number of trips is unknown.
     """
     jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
     used, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -175,6 +176,9 @@ def _count_equation(equation: Any) -> int:
         kernel = equation.invars[1].aval.shape
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
         return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(kernel) // features
+    attention = in_one_tile(equation)
+    if attention is not None:
+        return _count(attention)
     counts = [_count(inner) for inner in _inner_jaxprs(params)]
     if name == "while" and any(counts):
         raise ValueError(

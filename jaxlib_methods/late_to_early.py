@@ -291,6 +291,7 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
         found.config,
         compute_dtype=student.compute_dtype,
         loss_implementation=student.loss_implementation,
+        attention_implementation=student.attention_implementation,
         remat="none",
     )
     learned = cfg.objective == "alignment" and cfg.resize == "learned_linear"

@@ -43,6 +43,8 @@ class TransformerConfig:
     loss_implementation: how losses of next tokens are computed. `logits` makes an array of tokens
         times vocabulary; `xla` makes none, in tiles of the vocabulary, and `pallas` none by a
         kernel; `auto` what was measured to be faster.
+    attention_implementation: how a pass without a cache attends. `plain` makes all scores, `xla`
+        and `pallas` none but those of a tile; `auto` what was measured to be faster.
 
     A `recurrence` above 0 makes the model recurrent in depth (arXiv 2502.05171, see
     `models.recurrent_depth`): of its `num_layers` blocks the first and the last run once, those
@@ -97,6 +99,7 @@ class TransformerConfig:
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     loss_implementation: Literal["auto", "logits", "xla", "pallas"] = "auto"
+    attention_implementation: Literal["auto", "plain", "xla", "pallas"] = "auto"
 
     def __post_init__(self) -> None:
         check_choices(self)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import constrain
-from jaxlib_methods.pallas_kernels.attention import Part, attend_parts, attention_reference
+from jaxlib_methods.models.self_attention import Sight, attend
+from jaxlib_methods.pallas_kernels.attention import Part, attend_parts
 
 Initializer = Callable[..., jax.Array]
 Rotation = tuple[jax.Array, jax.Array]
@@ -252,8 +253,8 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention with grouped keys and values.
 
-    x: `[B, L, D]`; where: bool `[B, L, M]`; angles: rotary cosine and sine or None; cache: of this
-    layer, or None, its own slots being the M keys of `where`.
+    x: `[B, L, D]`; where: bool `[B, L, M]`, or `Places` without a cache; angles: rotary cosine and
+    sine or None; cache: of this layer, or None, its own slots being the M keys of `where`.
     Returns the output `[B, L, D]` and the cache's own new keys and values (None without a cache).
     """
 
@@ -306,18 +307,14 @@ class Attention(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        where: jax.Array,
+        where: Sight,
         angles: Rotation | None,
         cache: LayerCache | None,
     ) -> tuple[jax.Array, KeysValues | None]:
         query, key, value = self.heads(x, angles)
         if cache is None:
-            # Context parallelism: queries stay cut along the sequence, keys and values are
-            # gathered.
-            key = constrain(key, "batch", None, "kv_heads", None)
-            value = constrain(value, "batch", None, "kv_heads", None)
-            mixed = attention_reference(query, key, value, where=where)
-            return self.output(mixed.astype(query.dtype)), None
+            return self.output(attend(self.cfg, query, key, value, where)), None
+        assert isinstance(where, jax.Array)
         kept = (write_heads(*each, cache.at) for each in zip(cache.own, (key, value), strict=True))
         keys, values = (constrain(x, "batch", "kv_heads", None, None) for x in kept)
         parts = [Part(keys, values, where)]
@@ -387,7 +384,7 @@ class Block(nn.Module):
     def __call__(
         self,
         x: jax.Array,
-        where: jax.Array,
+        where: Sight,
         angles: Rotation | None,
         cache: LayerCache | None,
     ) -> tuple[jax.Array, KeysValues | None]:

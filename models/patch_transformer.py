@@ -69,7 +69,7 @@ class PatchTransformerConfig:
         """
         plain = TransformerConfig()
         names = ("norm", "mlp", "positions", "num_kv_heads", "head_dim", "qk_norm", "block")
-        for name in (*names, "recurrence"):
+        for name in (*names, "attention_implementation", "recurrence"):
             if getattr(model, name) != getattr(plain, name):
                 raise ValueError(
                     f"model.{name}={getattr(model, name)} has no meaning in a patch transformer; "

@@ -31,6 +31,7 @@ from jaxlib_methods.models.layers import (
     write_slots,
 )
 from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.self_attention import Sight, sight
 from jaxlib_methods.models.transformer import (
     look_up,
     mask_padding,
@@ -78,13 +79,13 @@ class Reading(NamedTuple):
     """What the prelude gives, and what every iteration needs beside the state.
 
     embedded: e, `[B, L, D]`. hidden: the stream after the block that was asked for, or None.
-    where: bool `[B, L, M]`, which keys each token sees. angles: of the rotation, or None.
-    slots: int32 `[B, L]`, where each token stands in the cache (M: nowhere), or None.
+    where: which keys each token sees, with a cache bool `[B, L, M]`. angles: of the rotation, or
+    None. slots: int32 `[B, L]`, where each token stands in the cache (M: nowhere), or None.
     """
 
     embedded: jax.Array
     hidden: jax.Array | None
-    where: jax.Array
+    where: Sight
     angles: Rotation | None
     slots: jax.Array | None
 
@@ -163,7 +164,7 @@ class RecurrentTransformer(nn.Module):
         angles = rotation(positions, cfg) if cfg.positions == "rotary" else None
         slots = None
         if cache is None:
-            where = visible(positions, positions, segments, segments)
+            where = sight(cfg, positions, segments)
         else:
             every = jnp.broadcast_to(jnp.arange(cache.num_slots)[None], cache.steps.shape)
             real = (segments != 0).astype(jnp.int32)

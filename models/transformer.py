@@ -22,6 +22,7 @@ from jaxlib_methods.models.layers import (
     write_slots,
 )
 from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.self_attention import Sight, sight
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE, Part, visible
 
 REMAT_POLICIES = {
@@ -111,10 +112,12 @@ class Transformer(nn.Module):
         if segments is None:
             segments = jnp.ones_like(inputs)
         keys_positions, keys_segments = positions, segments
-        if cache is not None:
+        if cache is None:
+            where = sight(cfg, positions, segments)
+        else:
             keys_positions = write_slots(cache.positions, positions, cache.length)
             keys_segments = write_slots(cache.segments, segments, cache.length)
-        where = visible(positions, keys_positions, segments, keys_segments)
+            where = visible(positions, keys_positions, segments, keys_segments)
         angles = rotation(positions, cfg) if cfg.positions == "rotary" else None
         table, x = self._embed(inputs, positions)
         tap_layer = hidden_layer if isinstance(hidden_layer, int) else None
@@ -219,7 +222,7 @@ def run_blocks(
     cfg: TransformerConfig,
     num_layers: int,
     x: jax.Array,
-    where: jax.Array,
+    where: Sight,
     angles: Rotation | None,
     cache: tuple[LayerCache, ...] = (),
     tap_layer: int | None = None,

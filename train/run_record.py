@@ -21,7 +21,10 @@ FORMAT = 1  # of the record; a newer one is refused
 # What must agree for a run to be continued: everything else may change between starts.
 IDENTITY = ("method", "seed", "model", "method_config")
 # These change memory and time, or what is measured, but not what is trained.
-NOT_IDENTITY = ("remat", "loss_implementation", "memory", "max_candidate_gib", "eval_noise")
+NOT_IDENTITY = (
+    "remat", "loss_implementation", "attention_implementation", "memory", "max_candidate_gib",
+    "eval_noise",
+)  # fmt: skip
 DATA_IDENTITY = (
     "source", "weights", "text_field", "tokenizer", "validation_source", "validation_fraction",
     "sequence_length", "batch_size", "shuffle_seed",
@@ -174,7 +177,7 @@ def check_same_architecture(
     How long a recurrent model iterates is no part of its parameters, that it does is.
     """
     ignored = ["compute_dtype", "param_dtype", "remat", "loss_implementation", "kernel_init"]
-    ignored += ["recurrence_sampling", "backprop_steps"]
+    ignored += ["attention_implementation", "recurrence_sampling", "backprop_steps"]
     if current.positions != "learned":
         ignored.append("max_length")
     if saved.recurrence and current.recurrence:

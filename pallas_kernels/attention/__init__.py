@@ -1,7 +1,8 @@
 """Softmax attention over packed documents, twice differentiable with memory linear in the length.
 
-`attention` returns the output and the log-sum-exp of the scores. `attention_reference` is the
-specification; `tiled_attention` is what the models run, `attend_parts` what decodes with a cache.
+`attention` returns the output and the log-sum-exp of the scores; trunks run it on whole sequences.
+`attention_reference` is the specification; `tiled_attention` is what energy transformers run,
+`attend_parts` what decodes with a cache.
 """
 
 # Dimension key: B batch, L queries, M keys, H query heads, K key heads, G = H / K, C head size,
@@ -24,7 +25,7 @@ from jaxlib_methods.pallas_kernels.attention.tiles import (
     Places,
     Plan,
 )
-from jaxlib_methods.pallas_kernels.dispatch import Implementation, choose, interpret
+from jaxlib_methods.pallas_kernels.dispatch import Implementation, choose, interpret, platform
 
 __all__ = [
     "MASKED_SCORE",
@@ -40,6 +41,7 @@ __all__ = [
 
 # (queries, keys) of a tile, at most, and what a tile's sides are multiples of.
 TILES = {"xla": (256, 512), "pallas": (256, 256)}
+CPU_TILE = (128, 128)  # of plain JAX there: measured, the scores stay in the cache
 ALIGNMENT = {"xla": 1, "pallas": 128}
 MAX_HEAD_SIZE = 256  # whose tiles fit into a TPU core's memory
 
@@ -72,7 +74,8 @@ def attention(
     B, L, H, _ = query.shape
     K = context.key.shape[2]
     loop = choose("attention", implementation, unsupported=_unsupported(query, context))
-    sides = tile or TILES[loop]
+    of_cpu = loop == "xla" and platform() == "cpu"
+    sides = tile or (CPU_TILE if of_cpu else TILES[loop])
     rows, columns = (
         _side(n, side, ALIGNMENT[loop])
         for n, side in zip((L, context.key.shape[1]), sides, strict=True)

@@ -13,6 +13,7 @@ The rules of `backward` treat o and L as functions of q, k and v: forward, their
 as they come; in reverse the total derivative goes to q, k and v, and none to o and L.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -25,6 +26,8 @@ from jaxlib_methods.pallas_kernels.attention import tiles, tpu, xla
 from jaxlib_methods.pallas_kernels.attention.tiles import Arrays, Formula, Places, Plan
 
 NUM_PLACES = len(Places._fields)
+
+_RUNS: dict[Primitive, Callable[..., Arrays]] = {}
 
 
 def _sweep(plan: Plan, *arguments: Any) -> tuple[Arrays, Arrays]:
@@ -120,6 +123,7 @@ def _primitive(name: str, compute: Callable[..., Arrays], like: tuple[int, ...])
 
     primitive = Primitive(name)
     primitive.multiple_results = True
+    _RUNS[primitive] = run
     primitive.def_impl(jax.jit(run, static_argnames="plan"))
     primitive.def_abstract_eval(types)
     mlir.register_lowering(primitive, mlir.lower_fun(run, multiple_results=True))
@@ -142,6 +146,20 @@ def _primitive(name: str, compute: Callable[..., Arrays], like: tuple[int, ...])
 
     batching.primitive_batchers[primitive] = batched
     return primitive
+
+
+def in_one_tile(equation: Any) -> Any | None:
+    """What an equation of a jaxpr computes, as a jaxpr without loops, if it is attention in tiles.
+
+    Its products are those of all tiles, of what no query sees too.
+    """
+    if equation.primitive not in _RUNS:
+        return None
+    like = [jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x in equation.invars]
+    plan = equation.params["plan"]
+    plan = plan._replace(loop="xla", rows=like[0].shape[2], columns=like[1].shape[2])
+    run = functools.partial(_RUNS[equation.primitive], plan=plan)
+    return jax.make_jaxpr(run)(*like).jaxpr
 
 
 _Q, _K, _V, _ROW, _OUTPUT = 0, 1, 2, -1, -2

@@ -366,11 +366,12 @@ FIELDS: dict[str, tuple[dict[str, Any], Any]] = {
 def test_every_field_is_listed():
     names = {field.name for field in dataclasses.fields(TransformerConfig)}
     # remat must not matter, kernel_init only where parameters are drawn: see below. Those of the
-    # recurrence and of the losses have their own, in test_recurrent_depth.py and
-    # test_linear_losses.py.
+    # recurrence, of the losses and of attention have their own, in test_recurrent_depth.py,
+    # test_linear_losses.py and test_self_attention.py.
     recurrence = {"recurrence", "recurrence_sampling", "backprop_steps", "injection"}
     recurrence |= {"prelude_layers", "coda_layers"}
-    assert names - set(FIELDS) == {"remat", "kernel_init", "loss_implementation"} | recurrence
+    forms = {"remat", "kernel_init", "loss_implementation", "attention_implementation"}
+    assert names - set(FIELDS) == forms | recurrence
 
 
 def test_kernels_are_drawn_as_the_configuration_says():

@@ -130,8 +130,9 @@ def test_other_text_is_refused(change, message):
 
 def test_another_architecture_is_refused_by_name():
     other = dataclasses.replace(
-        MODEL, compute_dtype="float32", remat="full", loss_implementation="xla", max_length=9
-    )
+        MODEL, compute_dtype="float32", remat="full", loss_implementation="xla",
+        attention_implementation="xla", max_length=9,
+    )  # fmt: skip
     run_record.check_same_architecture(other, MODEL, where="w")
     learned, longer = (
         dataclasses.replace(MODEL, positions="learned", max_length=length) for length in (8, 9)
