@@ -1,31 +1,37 @@
-"""Whole update steps with kernels on and off: plain training, mid-training and energy descent.
+"""Whole update steps with kernels on and off: next tokens, a teacher, mid-training, energies.
 
     python tests/benchmarks/end_to_end.py
-    python tests/benchmarks/end_to_end.py --kind=plain --vocab_size=50304 --batch_size=4
+    python tests/benchmarks/end_to_end.py --kind=plain --sequence_length=256 --batch_size=4
+    python tests/benchmarks/end_to_end.py --kind=EBT --vocab_size=256
 
 Measured: the jitted step of a run, optimiser included, of the same model and batch: its time, and
-the temporaries that the compiler plans for. On: losses of next tokens without logits, in tiles
-of the vocabulary; for an energy model, attention in tiles of queries. Off: the logits; the whole
-square of scores. Mid-training thinks at one place of each row, with the entropy of the initial
-model, so that its step holds the rollouts too.
+the temporaries that the compiler plans for. Off: losses from logits, attention with all scores,
+JAX's derivative of LET's interpolation. `losses`, `attention` and `interpolation` turn one of them
+on: losses of next tokens in tiles of the vocabulary; attention in tiles; interpolation that reads
+with gathers both ways. On: all of them that the kind has. An energy model has attention alone: in
+tiles of 256 queries (on) or of all (off). Mid-training thinks at one place of each row, with the
+entropy of the initial model, so that its step holds the rollouts too.
+The default sizes are those that finish in minutes on one core.
 Goal: neither time nor memory above that with kernels off.
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import harness
+import interpolation
 import jax
 import shapes
 import training
 from absl import app, flags
 from energy_step import SYSTEM_1
 
-from jaxlib_methods import energy, next_token
+from jaxlib_methods import energy, late_to_early, losses, next_token
 from jaxlib_methods import reinforcement_midtraining as rmt
 from jaxlib_methods.energy_config import EnergyConfig
-from jaxlib_methods.method import Pretrained
+from jaxlib_methods.method import Method, Pretrained
 from jaxlib_methods.models import energy_transformer
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import unbox
@@ -34,32 +40,46 @@ from jaxlib_methods.pallas_kernels import attention
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
-_KINDS = flags.DEFINE_multi_enum(
-    "kind", ["plain", "RMT", "EBT"], ["plain", "RMT", "EBT"], "What is timed."
-)
 flags.set_default(shapes.VOCAB_SIZE, 8192)
+flags.set_default(shapes.NUM_LAYERS, 2)
+flags.set_default(training.BATCH_SIZE, 2)
+flags.set_default(training.LENGTH, 512)
 flags.set_default(harness.ROUNDS, 5)
 flags.set_default(harness.CALLS, 1)
 
 THOUGHT = 16  # tokens
 
 
-def plain(model: TransformerConfig) -> Any:
+def _context(model: TransformerConfig, finished: TransformerConfig) -> Any:
+    """Of a method that reads a finished model: random weights of a shape."""
+
+    def load(source: str, *, weights: bool = True, dtype: str | None = None) -> Pretrained:
+        del source
+        if not weights:
+            return Pretrained(finished, None, None)
+        params = unbox(init_params(finished, jax.random.key(2)))
+        return Pretrained(finished, jax.tree.map(lambda x: x.astype(dtype), params), None)
+
+    return training.context(model, load)
+
+
+def plain(model: TransformerConfig) -> Method:
     """Next-token prediction."""
     return next_token.make(next_token.NextTokenConfig(), training.context(model))
 
 
-def mid_training(model: TransformerConfig) -> Any:
+def taught(model: TransformerConfig) -> Method:
+    """LET with a teacher of half the width."""
+    teacher = dataclasses.replace(model, embed_dim=model.embed_dim // 2)
+    cfg = late_to_early.LateToEarlyConfig(teacher="random weights")
+    return late_to_early.make(cfg, _context(model, teacher))
+
+
+def mid_training(model: TransformerConfig) -> Method:
     """RMT on text, whose entropy it measures by an initial model of the same shape."""
-
-    def load(source: str, *, weights: bool = True, dtype: str | None = None) -> Pretrained:
-        del source, weights, dtype
-        return Pretrained(model, unbox(init_params(model, jax.random.key(2))), None)
-
     length = model.max_length
-    roomy = dataclasses.replace(model, max_length=2 * length)
     context = dataclasses.replace(
-        training.context(roomy, load),
+        _context(dataclasses.replace(model, max_length=2 * length), model),
         sequence_length=length,
         batch_size=training.BATCH_SIZE.value,
         tokens=ByteTokenizer(),
@@ -71,47 +91,69 @@ def mid_training(model: TransformerConfig) -> Any:
     return rmt.make(cfg, context)
 
 
-def energies(model: TransformerConfig) -> Any:
+def energies(model: TransformerConfig) -> Method:
     """System 1, two descent steps."""
     return energy.make(EnergyConfig(**SYSTEM_1), training.context(model))
 
 
-def steps(kind: str, model: TransformerConfig) -> Mapping[str, training.OurStep]:
-    """The step with kernels off and on; programs of energy models are compiled here."""
-    batch = shapes.make_batch(model, training.BATCH_SIZE.value, documents=1)
-    if kind != "EBT":
-        make = plain if kind == "plain" else mid_training
-        forms = {"off": "logits", "on": "xla"}
-        return {
-            name: training.OurStep(
-                make(dataclasses.replace(model, loss_implementation=form)), batch
-            )
-            for name, form in forms.items()
-        }
-    found = {}
-    tiles = {"off": model.max_length, "on": 256}
-    for name, tile in tiles.items():
-        energy_transformer.tiled_attention = lambda *x, tile=tile, **given: (
-            attention.tiled_attention(*x, tile=tile, **given)
+MAKE: dict[str, Callable[[TransformerConfig], Method]] = {
+    "plain": plain, "LET": taught, "RMT": mid_training, "EBT": energies,
+}  # fmt: skip
+KERNELS = {
+    "plain": ("losses", "attention"),
+    "LET": ("losses", "attention", "interpolation"),
+    "RMT": ("losses", "attention"),
+    "EBT": ("attention",),
+}
+_KINDS = flags.DEFINE_multi_enum("kind", list(MAKE), list(MAKE), "What is timed.")
+
+
+def compiled(
+    kind: str, model: TransformerConfig, kernels: tuple[str, ...]
+) -> tuple[training.OurStep, float]:
+    """The step with some kernels, compiled while they are in place, and its temporaries in MiB."""
+    model = dataclasses.replace(
+        model,
+        loss_implementation="xla" if "losses" in kernels else "logits",
+        attention_implementation="xla" if "attention" in kernels else "plain",
+    )
+    interpolate, tiled_attention = losses.interpolate, energy_transformer.tiled_attention
+    if "interpolation" not in kernels:
+        losses.interpolate = interpolation.plain
+    if "attention" not in kernels:
+        energy_transformer.tiled_attention = functools.partial(
+            attention.tiled_attention, tile=model.max_length
         )
-        found[name] = training.OurStep(energies(model), batch)
-        found[name]()  # compiles
-    energy_transformer.tiled_attention = attention.tiled_attention
-    return found
+    step = training.OurStep(
+        MAKE[kind](model), shapes.make_batch(model, training.BATCH_SIZE.value, documents=1)
+    )
+    memory = step.temporaries()
+    losses.interpolate, energy_transformer.tiled_attention = interpolate, tiled_attention
+    return step, memory
+
+
+def steps(kind: str, model: TransformerConfig) -> Mapping[str, tuple[training.OurStep, float]]:
+    """The step without kernels, with each alone, and with all."""
+    each = KERNELS[kind]
+    forms: dict[str, tuple[str, ...]] = {"off": ()}
+    if len(each) > 1:
+        forms |= {name: (name,) for name in each}
+    return {name: compiled(kind, model, use) for name, use in (forms | {"on": each}).items()}
 
 
 def main(_: list[str]) -> None:
-    """Times both forms of each kind, prints the rows and the goals."""
+    """Times the forms of each kind, prints the rows and the goals."""
     model = shapes.model_config(training.LENGTH.value)
     for kind in _KINDS.value:
         made = steps(kind, model)
-        memory = {name: step.temporaries() for name, step in made.items()}
+        programs = {name: step for name, (step, _) in made.items()}
+        memory = {name: mib for name, (_, mib) in made.items()}
         title = f"Update step, {kind}: {model.num_layers} blocks of {model.embed_dim}, "
         title += f"vocabulary {model.vocab_size}, {model.compute_dtype}, batch "
         title += f"{training.BATCH_SIZE.value} x {model.max_length}"
         tokens = training.BATCH_SIZE.value * model.max_length
         found = harness.report(
-            title, harness.measure(made), reference="off", tokens_per_call=tokens
+            title, harness.measure(programs), reference="off", tokens_per_call=tokens
         )
         print(
             "\nTemporaries: " + ", ".join(f"{name} {mib:.0f} MiB" for name, mib in memory.items())

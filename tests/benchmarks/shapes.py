@@ -14,7 +14,7 @@ PRESET = presets.get("late_to_early_tiny")
 _MODEL = PRESET.model
 
 VOCAB_SIZE = flags.DEFINE_integer("vocab_size", _MODEL.vocab_size, "Tokens of the vocabulary.")
-_NUM_LAYERS = flags.DEFINE_integer("num_layers", _MODEL.num_layers, "Blocks.")
+NUM_LAYERS = flags.DEFINE_integer("num_layers", _MODEL.num_layers, "Blocks.")
 _EMBED_DIM = flags.DEFINE_integer("embed_dim", _MODEL.embed_dim, "Width.")
 _NUM_HEADS = flags.DEFINE_integer("num_heads", _MODEL.num_heads, "Attention heads.")
 _MLP_DIM = flags.DEFINE_integer("mlp_dim", _MODEL.mlp_dim, "Feed-forward width; unset: derived.")
@@ -28,7 +28,7 @@ def model_config(length: int) -> TransformerConfig:
     return dataclasses.replace(
         _MODEL,
         vocab_size=VOCAB_SIZE.value,
-        num_layers=_NUM_LAYERS.value,
+        num_layers=NUM_LAYERS.value,
         embed_dim=_EMBED_DIM.value,
         num_heads=_NUM_HEADS.value,
         mlp_dim=_MLP_DIM.value,

@@ -67,11 +67,14 @@ class OurStep:
         return self.state, metrics
 
     def temporaries(self) -> float:
-        """MiB that the compiled step needs beside its arguments and results."""
+        """MiB that the compiled step needs beside its arguments and results; once, before a call.
+
+        It is compiled for this, and what is compiled here is what calls run.
+        """
         with jax.set_mesh(self._mesh):
             arguments = self.state, self._extra, self._batch, self._key
-            analysis = self._step.lower(*arguments).compile().memory_analysis()
-        return analysis.temp_size_in_bytes / 2**20
+            self._step = self._step.lower(*arguments).compile()
+        return self._step.memory_analysis().temp_size_in_bytes / 2**20
 
     def loss(self) -> float:
         """Trains once. Returns the loss before it, nats per token."""
