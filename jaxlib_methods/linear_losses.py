@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlib_methods import losses
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.partitioning import cut_axes
+from jaxlib_methods.models.partitioning import cut_axes, gather_width
 from jaxlib_methods.models.transformer import head_rows
 from jaxlib_methods.pallas_kernels import dispatch
 from jaxlib_methods.pallas_kernels.linear_cross_entropy import (
@@ -103,14 +103,12 @@ def _statistics(
     (vocabulary, width) = cut_axes(weight, "vocab", "embed")
     if not any((*tokens, vocabulary, width)):
         return op(final, weight, labels, where=where)
-    # Gathered by hand, so that its gradient is scattered; a batch that is whole has no need of it.
-    width = width if set(width) <= set(tokens[0]) else ()
+    width = width if set(width) <= set(tokens[0]) else ()  # a whole batch has no need of it
 
     def on_each(
         final: jax.Array, weight: jax.Array, labels: jax.Array, where: jax.Array
     ) -> TokenStatistics:
-        if width:
-            weight = jax.lax.all_gather(weight, width, axis=1, tiled=True)
+        weight = gather_width(weight, width, tokens)
         axis_name = vocabulary[0] if vocabulary else None
         return op(final, weight, labels, where=where, axis_name=axis_name)
 

@@ -25,7 +25,7 @@ from jaxlib_methods.models.layers import (
     parameter,
     rotation,
 )
-from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.partitioning import constrain, look_up
 from jaxlib_methods.models.transformer import REMAT_POLICIES
 
 DEPTH_DEVIATIONS = {"normal": 1.0, "small": 0.02}  # of a new depth embedding
@@ -166,7 +166,7 @@ class DepthRecurrentTransformer(nn.Module):
     ) -> jax.Array:
         """The first state `[B, L, D]`."""
         cfg = self.cfg
-        x = constrain(self.embedding().astype(cfg.wide), None, None)[tokens]
+        x = look_up(self.embedding().astype(cfg.wide), tokens, "vocab")
         if cfg.roles:
             ends = _endpoints(endpoints)
             roles = self.roles().astype(cfg.wide)

@@ -28,7 +28,7 @@ from jaxlib_methods.models.layers import (
     rotation,
     write_slots,
 )
-from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.partitioning import constrain, look_up
 from jaxlib_methods.models.transformer import REMAT_POLICIES
 from jaxlib_methods.pallas_kernels.attention import (
     SHARED_SEGMENT,
@@ -187,7 +187,7 @@ class EnergyTransformer(nn.Module):
     ) -> ObservedCache:
         """Appends tokens `[B, L]` to a cache that `begin` has been given."""
         table = self.embedding().astype(self.cfg.trunk.compute_dtype)
-        x = constrain(constrain(table, None, None)[tokens], "batch", "sequence", None)
+        x = constrain(look_up(table, tokens, "vocab"), "batch", "sequence", None)
         return self._append(x, Rows(positions + self.cfg.shift, segments), cache)
 
     def judge(self, candidates: jax.Array, rows: Rows, cache: ObservedCache) -> jax.Array:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -128,6 +129,49 @@ def cut_axes(x: jax.Array, *names: str | None) -> list[tuple[str, ...]]:
     entries = _divisible(x.shape, logical_spec(names), mesh)
     axes = [(entry,) if isinstance(entry, str) else entry or () for entry in entries]
     return [tuple(axis for axis in each if mesh.shape[axis] > 1) for each in axes]
+
+
+def gather_width(
+    table: jax.Array, width: tuple[str, ...], tokens: Sequence[tuple[str, ...]]
+) -> jax.Array:
+    """Inside `jax.shard_map`: `[N, D]` of its parts `[N, D / n]` along the mesh axes `width`.
+
+    tokens: the axes that cut what it is used with. Its gradient is scattered, then added up over
+    the others of these; left to themselves, compilers add up the whole of it on each device.
+    """
+    others = tuple(axis for axes in tokens for axis in axes if axis not in width)
+    table = jax.lax.pcast(table, others, to="varying")
+    if not width:
+        return table
+    if table.shape[0] % jax.lax.axis_size(width):
+        return jax.lax.all_gather(table, width, axis=1, tiled=True)
+    # By way of whole rows: TPUs scatter along the first dimension what fills no tile of the last.
+    table = jax.lax.all_to_all(table, width, split_axis=0, concat_axis=1, tiled=True)
+    return jax.lax.all_gather(table, width, axis=0, tiled=True)
+
+
+def look_up(table: jax.Array, rows: jax.Array, name: str) -> jax.Array:
+    """Rows `[B, L, D]` of a table `[N, D]`, by int32 `[B, L]`, each device those of its tokens.
+
+    name: the logical axis of the table's rows.
+    """
+    tokens = cut_axes(rows, "batch", "sequence")
+    parts, width = cut_axes(table, name, "embed")
+    if not any((*tokens, parts, width)):
+        return table[rows]
+    width = width if set(width) <= set(tokens[0]) else ()  # a whole batch has no need of it
+
+    def on_each(table: jax.Array, rows: jax.Array) -> jax.Array:
+        table = gather_width(table, width, tokens)
+        if not parts:
+            return table[rows]
+        place = rows - jax.lax.axis_index(parts) * table.shape[0]
+        here = (place >= 0) & (place < table.shape[0])
+        found = table[jnp.where(here, place, 0)]
+        return jax.lax.psum(jnp.where(here[..., None], found, 0), parts)
+
+    in_specs = (PartitionSpec(parts, width), PartitionSpec(*tokens))
+    return jax.shard_map(on_each, in_specs=in_specs, out_specs=PartitionSpec(*tokens))(table, rows)
 
 
 def _axes_size(mesh_shape: Mapping[str, int], entry: tuple[str, ...] | str | None) -> int:

@@ -30,10 +30,9 @@ from jaxlib_methods.models.layers import (
     truncated_normal,
     write_slots,
 )
-from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.partitioning import constrain, look_up
 from jaxlib_methods.models.self_attention import Sight, sight
 from jaxlib_methods.models.transformer import (
-    look_up,
     mask_padding,
     output_head,
     position_table,
@@ -154,12 +153,12 @@ class RecurrentTransformer(nn.Module):
         tap_layer: int | None,
     ) -> tuple[Reading, _Kept]:
         cfg = self.cfg
-        x = look_up(cfg, self.embedding(), inputs) * jnp.asarray(
-            cfg.embed_dim**0.5, jnp.dtype(cfg.compute_dtype)
-        )
+        dtype = jnp.dtype(cfg.compute_dtype)
+        x = look_up(self.embedding().astype(dtype), inputs, "vocab")
+        x = x * jnp.asarray(cfg.embed_dim**0.5, dtype)
         if cfg.positions == "learned":
             rows = positions + cfg.learned_position_offset
-            x = x + look_up(cfg, self.position_embedding(), rows)
+            x = x + look_up(self.position_embedding().astype(dtype), rows, "table_rows")
         x = constrain(x, "batch", "sequence", None)
         angles = rotation(positions, cfg) if cfg.positions == "rotary" else None
         slots = None

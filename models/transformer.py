@@ -21,7 +21,7 @@ from jaxlib_methods.models.layers import (
     rotation,
     write_slots,
 )
-from jaxlib_methods.models.partitioning import constrain
+from jaxlib_methods.models.partitioning import constrain, look_up
 from jaxlib_methods.models.self_attention import Sight, sight
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE, Part, visible
 
@@ -135,11 +135,13 @@ class Transformer(nn.Module):
 
     def _embed(self, inputs: jax.Array, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         cfg = self.cfg
+        dtype = jnp.dtype(cfg.compute_dtype)
         table = token_table(cfg, name="embedding")()
-        x = look_up(cfg, table, inputs)
+        x = look_up(table.astype(dtype), inputs, "vocab")
         if cfg.positions == "learned":
             learned = position_table(cfg, name="position_embedding")()
-            x = x + look_up(cfg, learned, positions + cfg.learned_position_offset)
+            rows = positions + cfg.learned_position_offset
+            x = x + look_up(learned.astype(dtype), rows, "table_rows")
         return table, constrain(x, "batch", "sequence", None)
 
     def _logits(self, x: jax.Array, table: jax.Array) -> jax.Array:
@@ -159,13 +161,6 @@ def position_table(cfg: TransformerConfig, name: str | None = None) -> Table:
     """The table of embeddings of learned positions."""
     rows = cfg.max_length + cfg.learned_position_offset
     return Table(cfg, (rows, cfg.embed_dim), rows, "table_rows", cfg.embed_dim**-0.5, name=name)
-
-
-def look_up(cfg: TransformerConfig, table: jax.Array, rows: jax.Array) -> jax.Array:
-    """Rows of a table in the compute dtype: int32 `[B, L]` to `[B, L, D]`."""
-    # A gather from a table that is cut along the vocabulary makes XLA rematerialise it:
-    # gather the table first, in the compute dtype.
-    return constrain(table.astype(jnp.dtype(cfg.compute_dtype)), None, None)[rows]
 
 
 def output_head(cfg: TransformerConfig, name: str | None = None) -> Projection:

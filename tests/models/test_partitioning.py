@@ -166,6 +166,55 @@ def test_constrain_without_a_mesh_is_the_identity():
     assert partitioning.constrain(x, "batch", None) is x
 
 
+@pytest.mark.parametrize(
+    ("sizes", "shape"),
+    [
+        ({"data": 2, "fsdp": 4}, (8, 6)),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, (4, 6)),
+        ({"fsdp": 2, "tensor": 2, "sequence": 2}, (2, 6)),
+        ({"tensor": 8}, (1, 6)),
+        ({"fsdp": 8}, (3, 6)),  # a batch that stays whole
+        ({"data": 4, "fsdp": 2}, (8, 5)),
+    ],
+)
+@pytest.mark.parametrize(("name", "num_rows"), [("vocab", 32), ("table_rows", 9)])
+def test_looking_up_is_indexing_on_any_mesh(
+    sizes: dict[str, int], shape: tuple[int, int], name: str, num_rows: int
+):
+    table = jax.random.normal(jax.random.key(0), (num_rows, 16))
+    rows = jax.random.randint(jax.random.key(1), shape, 0, num_rows)
+    slopes = jax.random.normal(jax.random.key(2), (*shape, 16))
+
+    def looked_up(table: jax.Array):
+        return partitioning.look_up(table, rows, name)
+
+    mesh = partitioning.make_mesh(**{"data": 1, **sizes})
+    with jax.set_mesh(mesh):
+        cut = NamedSharding(mesh, partitioning.logical_spec((name, "embed")))
+        placed = jax.device_put(table, cut)
+        out, pull = jax.vjp(jax.jit(looked_up), placed)
+        (gradient,) = jax.jit(pull)(slopes)
+    np.testing.assert_array_equal(out, table[rows])
+    expected = jnp.zeros_like(table).at[rows].add(slopes)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_looking_up_is_scattered():
+    mesh = partitioning.make_mesh(data=2, fsdp=4)
+    rows = jnp.zeros((8, 2), jnp.int32)
+    with jax.set_mesh(mesh):
+        cut = NamedSharding(mesh, P(None, "fsdp"))
+        table = jax.device_put(jnp.ones((64, 16)), cut)
+
+        def total(table: jax.Array):
+            return jnp.sin(partitioning.look_up(table, rows, "vocab")).sum()
+
+        text = jax.jit(jax.grad(total), out_shardings=cut).lower(table).compile().as_text()
+    assert "reduce-scatter(" in text
+    added = re.findall(r"= (f32\[[\d,]*\])\S* all-reduce\(", text)
+    assert "f32[64,16]" not in added, added  # each device would hold all of it
+
+
 # Parameters.
 
 
