@@ -252,11 +252,11 @@ class _Loop:
             if last or stopping or failure or (every and done % every == 0):
                 self._drain(done)
                 self._writer.flush()
-                with self._watch("checkpoint"):
+                with self._watch("checkpoint"), self._watchdog.saving():
                     self._checkpoints.save(state)
                 self._pause()
             if last or stopping or failure:
-                with self._watch("checkpoint"):
+                with self._watch("checkpoint"), self._watchdog.saving():
                     self._checkpoints.wait()
                 self._writer.write(done, self._watch.read() | {"time/lost_secs": self._lost_secs})
             if stopping or failure:

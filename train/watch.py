@@ -13,6 +13,7 @@ from typing import Self
 import jax
 
 LEAST_SECS = 60.0  # nothing shorter is too long for a step
+SAVE_SECS = 300.0  # of the wait for a checkpoint, which no median tells
 _KEPT_STEPS = 100
 _CHECK_SECS = 1.0
 
@@ -25,6 +26,14 @@ def _stacks() -> str:
     return "\n".join(
         f"{names.get(ident, 'a thread')}:\n{''.join(traceback.format_stack(frames[ident]))}"
         for ident in sorted(frames, key=lambda ident: ident != main)
+    )
+
+
+def _say(what: str) -> None:
+    print(
+        f"process {jax.process_index()}: {what}; where its threads stand:\n{_stacks()}",
+        file=sys.stderr,
+        flush=True,
     )
 
 
@@ -68,13 +77,15 @@ class Watchdog:
     """Prints where every thread stands when a step takes far longer than the ones before it.
 
     It ends nothing: who waits for a lost process, or a slow disk, is seen in the log. factor: of
-    the median of the last 100 steps, at least a minute; 0 does not watch.
+    the median of the last 100 steps, at least a minute; 0 does not watch. A save that holds up the
+    run has five minutes.
     """
 
     def __init__(self, factor: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._factor, self._clock = factor, clock
         self._secs: deque[float] = deque(maxlen=_KEPT_STEPS)
         self._last: float | None = None
+        self._save: float | None = None
         self._step = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -96,21 +107,29 @@ class Watchdog:
         """Leaves out what follows, up to the next step."""
         self._last = None
 
+    @contextlib.contextmanager
+    def saving(self) -> Iterator[None]:
+        """Watches what happens inside, which waits for a checkpoint and is no step."""
+        self._last, self._save = None, self._clock()
+        try:
+            yield
+        finally:
+            self._save = None
+
     def check(self) -> bool:
-        """Whether the step under way takes too long; says so once a step."""
-        last = self._last
+        """Whether the step or the save under way takes too long; says so once."""
+        now, last, save = self._clock(), self._last, self._save
+        if save is not None and now - save > SAVE_SECS:
+            self._save = None
+            _say(f"a save has held up the run for {now - save:.0f} s")
+            return True
         if last is None or not self._secs:
             return False
-        secs, usual = self._clock() - last, median(self._secs)
+        secs, usual = now - last, median(self._secs)
         if secs <= max(LEAST_SECS, self._factor * usual):
             return False
         self._last = None
-        print(
-            f"process {jax.process_index()}: step {self._step} has taken {secs:.0f} s, the last "
-            f"ones took {usual:.2f} s; where its threads stand:\n{_stacks()}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say(f"step {self._step} has taken {secs:.0f} s, the last ones took {usual:.2f} s")
         return True
 
     def _watch(self) -> None:

@@ -91,6 +91,25 @@ def test_a_pause_is_no_step_and_the_first_one_after_it_is():
     assert dog.check()
 
 
+def test_a_save_has_five_minutes_and_ends(capfd):
+    clock = Clock()
+    dog = Watchdog(10.0, clock=clock)
+    steps(dog, clock, 1.0)
+    with dog.saving():
+        clock.now += 300.0
+        assert not dog.check()
+        clock.now += 1.0
+        assert dog.check()
+        assert not dog.check()
+    said = capfd.readouterr().err
+    assert said.startswith("process 0: a save has held up the run for 301 s; where its threads")
+    assert "test_a_save_has_five_minutes_and_ends" in said
+    with dog.saving():
+        clock.now += 10.0
+    clock.now += 1000.0  # neither a step nor a save
+    assert not dog.check()
+
+
 def test_a_thread_looks_and_ends_with_the_run(monkeypatch, capfd):
     monkeypatch.setattr("jaxlib_methods.train.watch._CHECK_SECS", 0.01)
     clock = Clock()
