@@ -188,7 +188,8 @@ def test_looking_up_is_indexing_on_any_mesh(
     def looked_up(table: jax.Array):
         return partitioning.look_up(table, rows, name)
 
-    mesh = partitioning.make_mesh(**{"data": 1, **sizes})
+    whole: Any = {"data": 1, **sizes}
+    mesh = partitioning.make_mesh(**whole)
     with jax.set_mesh(mesh):
         cut = NamedSharding(mesh, partitioning.logical_spec((name, "embed")))
         placed = jax.device_put(table, cut)
@@ -209,7 +210,7 @@ def test_the_gradient_of_looking_up_is_scattered():
         def total(table: jax.Array):
             return jnp.sin(partitioning.look_up(table, rows, "vocab")).sum()
 
-        text = jax.jit(jax.grad(total), out_shardings=cut).lower(table).compile().as_text()
+        text = jax.jit(jax.grad(total), out_shardings=cut).lower(table).compile().as_text() or ""
     assert "reduce-scatter(" in text
     added = re.findall(r"= (f32\[[\d,]*\])\S* all-reduce\(", text)
     assert "f32[64,16]" not in added, added  # each device would hold all of it
