@@ -57,6 +57,7 @@ class EnergyTransformerConfig:
             raise ValueError(f"num_landscapes {self.num_landscapes} must not be negative")
         wanted = {"positions": "rotary", "parallel_residual": False, "tie_embeddings": False}
         wanted |= {"block": "pre_norm", "qk_bias": False, "recurrence": 0}
+        wanted["attention_implementation"] = "auto"  # its candidates attend in tiles of queries
         for name, value in wanted.items():
             if getattr(self.trunk, name) != value:
                 raise ValueError(

@@ -113,10 +113,11 @@ def compiled(
 ) -> tuple[training.OurStep, float]:
     """The step with some kernels, compiled while they are in place, and its temporaries in MiB."""
     model = dataclasses.replace(
-        model,
-        loss_implementation="xla" if "losses" in kernels else "logits",
-        attention_implementation="xla" if "attention" in kernels else "plain",
+        model, loss_implementation="xla" if "losses" in kernels else "logits"
     )
+    if kind != "EBT":
+        form: Any = "xla" if "attention" in kernels else "plain"
+        model = dataclasses.replace(model, attention_implementation=form)
     interpolate, tiled_attention = losses.interpolate, energy_transformer.tiled_attention
     if "interpolation" not in kernels:
         losses.interpolate = interpolation.plain

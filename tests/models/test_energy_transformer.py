@@ -208,9 +208,11 @@ def test_initialisation_and_shape_of_the_parameters():
 def test_unfit_trunks_are_refused():
     with pytest.raises(ValueError, match="num_landscapes -1 must not be negative"):
         EnergyTransformerConfig(num_landscapes=-1)
-    for change in ({"positions": "learned"}, {"parallel_residual": True}):
+    changes: Any = {"positions": "learned", "parallel_residual": True}
+    changes |= {"attention_implementation": "xla"}
+    for name, value in changes.items():
         with pytest.raises(ValueError, match=r"model\..* has no meaning in an energy transformer"):
-            EnergyTransformerConfig(trunk=dataclasses.replace(TRUNK, **change))
+            EnergyTransformerConfig(trunk=dataclasses.replace(TRUNK, **{name: value}))
 
 
 def slope_of_slope(
