@@ -49,6 +49,30 @@ def interpret() -> bool:
     return _interpreted.get()
 
 
+def gpu_interpreter() -> Any:
+    """What `plgpu.kernel` takes to be interpreted, races refused; None: JAX 0.10 cannot do it."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    make = getattr(mosaic_gpu, "InterpretGPUParams", None)
+    return make and make(detect_races=True)
+
+
+def gpu_why_not() -> str | None:
+    """Why kernels for Hopper do not run on what programs are lowered for, as a clause."""
+    if interpret():
+        missing = gpu_interpreter() is None
+        return "JAX interprets kernels for GPUs from 0.11 on" if missing else None
+    if jax.default_backend() != "gpu":  # ahead of time, for one that is not here
+        return None
+    device: Any = jax.local_devices()[0]
+    found = device.compute_capability
+    if found == "9.0":
+        return None
+    return (
+        f"GPU kernels are for compute capability 9.0 (Hopper) and {device.device_kind} has {found}"
+    )
+
+
 def choose(
     op: str,
     implementation: Implementation,

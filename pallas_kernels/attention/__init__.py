@@ -25,7 +25,13 @@ from jaxlib_methods.pallas_kernels.attention.tiles import (
     Places,
     Plan,
 )
-from jaxlib_methods.pallas_kernels.dispatch import Implementation, choose, interpret, platform
+from jaxlib_methods.pallas_kernels.dispatch import (
+    Implementation,
+    choose,
+    gpu_why_not,
+    interpret,
+    platform,
+)
 
 __all__ = [
     "MASKED_SCORE",
@@ -40,10 +46,10 @@ __all__ = [
 ]
 
 # (queries, keys) of a tile, at most, and what a tile's sides are multiples of.
-TILES = {"xla": (256, 512), "pallas": (256, 256)}
+TILES = {"xla": (256, 512), "tpu": (256, 256), "gpu": (64, 64)}
 CPU_TILE = (128, 128)  # of plain JAX there: measured, the scores stay in the cache
-ALIGNMENT = {"xla": 1, "pallas": 128}
-MAX_HEAD_SIZE = 256  # whose tiles fit into a TPU core's memory
+ALIGNMENT = {"xla": 1, "tpu": 128, "gpu": 64}
+MAX_HEAD_SIZE = {"tpu": 256, "gpu": 128}  # a tile fits a core's memory, or a warpgroup's registers
 
 
 def attention(
@@ -68,12 +74,20 @@ def attention(
     `MASKED_SCORE` where a query sees nothing. Both are differentiable, forward, in reverse, forward
     over reverse and in reverse twice, with memory linear in L and M. Padding (segment 0) may hold
     anything. Inside `jax.shard_map`, over the batch, heads or queries, set `check_vma=False`.
-    tile: queries and keys whose scores exist at once.
+    tile: queries and keys whose scores exist at once. `pallas` has kernels for TPUs and, of
+    bfloat16, for Hopper GPUs; both compile and neither was run on its device, so `auto` is `xla`.
     """
     _check(query, context, own)
     B, L, H, _ = query.shape
     K = context.key.shape[2]
-    loop = choose("attention", implementation, unsupported=_unsupported(query, context))
+    kernel = "gpu" if platform() == "gpu" else "tpu"
+    chosen = choose(
+        "attention",
+        implementation,
+        unsupported=_unsupported(kernel, query, context),
+        kernels=("gpu", "tpu"),
+    )
+    loop = kernel if chosen == "pallas" else chosen
     of_cpu = loop == "xla" and platform() == "cpu"
     sides = tile or (CPU_TILE if of_cpu else TILES[loop])
     rows, columns = (
@@ -145,11 +159,12 @@ def _check(query: jax.Array, context: Keys, own: tuple[jax.Array, jax.Array] | N
             )
 
 
-def _unsupported(query: jax.Array, context: Keys) -> str | None:
-    """Why no kernel takes these arguments."""
-    if query.dtype not in (jnp.float32, jnp.bfloat16):
-        return f"kernels take float32 and bfloat16, not {query.dtype}"
-    widest = max(query.shape[3], context.value.shape[3])
-    if widest > MAX_HEAD_SIZE:
-        return f"kernels take heads of at most {MAX_HEAD_SIZE} features, not {widest}"
-    return None
+def _unsupported(kernel: str, query: jax.Array, context: Keys) -> str | None:
+    """Why a platform's kernels do not take these arguments."""
+    dtypes = ("bfloat16",) if kernel == "gpu" else ("float32", "bfloat16")
+    if query.dtype.name not in dtypes:
+        return f"kernels for a {kernel} take {' or '.join(dtypes)}, not {query.dtype}"
+    widest, most = max(query.shape[3], context.value.shape[3]), MAX_HEAD_SIZE[kernel]
+    if widest > most:
+        return f"kernels for a {kernel} take heads of at most {most} features, not {widest}"
+    return gpu_why_not() if kernel == "gpu" else None

@@ -31,7 +31,11 @@ _RUNS: dict[Primitive, Callable[..., Arrays]] = {}
 
 
 def _sweep(plan: Plan, *arguments: Any) -> tuple[Arrays, Arrays]:
-    return {"xla": xla, "pallas": tpu}[plan.loop].sweep(plan, *arguments)
+    if plan.loop == "gpu":
+        from jaxlib_methods.pallas_kernels.attention import gpu  # which loads a compiler
+
+        return gpu.sweep(plan, *arguments)
+    return {"xla": xla, "tpu": tpu}[plan.loop].sweep(plan, *arguments)
 
 
 def _rowsum(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ are not loaded.
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxlib_methods.pallas_kernels.attention import tiles
-from jaxlib_methods.pallas_kernels.attention.tiles import Arrays, Formula, Places, Plan
+from jaxlib_methods.pallas_kernels.attention.tiles import Arrays, Formula, Places, Plan, Side
 
 SUBLANES = 8
 
-Side = Literal["rows", "columns"]
 Index = Callable[..., jax.Array]
 
 
@@ -56,7 +55,7 @@ def sweep(
 
     def run(side: Side, hits: jax.Array) -> Arrays:
         call = Call(plan, formula, side, matrices)
-        tile, arguments = _tile(call, rows, columns)
+        tile, arguments = tiles.one_tile(plan, formula, side, rows, columns)
         shapes = [x.shape for x in jax.eval_shape(tile, *arguments)]
         if not shapes:
             return ()
@@ -68,19 +67,6 @@ def sweep(
         return tuple(next(wide if shape[1] > 1 else lines) for shape in shapes)
 
     return run("rows", hits), run("columns", jnp.swapaxes(hits, 1, 2))
-
-
-def _tile(call: Call, rows: Arrays, columns: Arrays) -> tuple[Callable[..., Arrays], Any]:
-    """What one tile adds to a side, and the shapes of its arguments."""
-
-    def tile(rows: Arrays, columns: Arrays) -> Arrays:
-        where = jnp.ones((call.plan.rows, call.plan.columns), bool)
-        return getattr(call.formula.tile(where, call.plan.scale, rows, columns), call.side)()
-
-    def cut(arrays: Arrays, length: int) -> Any:
-        return tuple(jax.ShapeDtypeStruct((length, x.shape[3]), x.dtype) for x in arrays)
-
-    return tile, (cut(rows, call.plan.rows), cut(columns, call.plan.columns))
 
 
 def _pallas_call(
@@ -185,7 +171,8 @@ def _kernel(
         stats = iter(by_row[:, s : s + 1] for s in range(SUBLANES))
         values = iter(x[...] for x in arrays)
         rows = tuple(next(values if is_matrix else stats) for is_matrix in call.matrices)
-        tile = call.formula.tile(where, call.plan.scale, rows, tuple(values))
+        on = tiles.Tile(where, call.plan.scale)
+        tile = call.formula.tile(on, rows, tuple(values))
         found = merge(tuple(x[...] for x in sums), getattr(tile, call.side)())
         for x, value in zip(sums, found, strict=True):
             x[...] = value

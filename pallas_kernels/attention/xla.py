@@ -29,7 +29,7 @@ def sweep(
             key_segments[None],
             plan.window,
         )
-        sums = formula.tile(where, plan.scale, rows, columns)
+        sums = formula.tile(tiles.Tile(where, plan.scale), rows, columns)
         return sums.rows(), sums.columns()
 
     both = jax.vmap(jax.vmap(tile, in_axes=(None, 0, 0)))

@@ -385,9 +385,11 @@ def test_kernels_compile_for_tpus(name, monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "change", "says"),
     [
-        ("gpu", {}, "no kernel is written for gpu, only for tpu"),
-        ("tpu", {"dtype": jnp.float16}, "kernels take float32 and bfloat16, not float16"),
+        ("cpu", {}, "no kernel is written for cpu, only for gpu, tpu"),
+        ("tpu", {"dtype": jnp.float16}, "kernels for a tpu take float32 or bfloat16, not float16"),
         ("tpu", {"size": 320}, "heads of at most 256 features, not 320"),
+        ("gpu", {}, "kernels for a gpu take bfloat16, not float32"),
+        ("gpu", {"dtype": jnp.bfloat16, "size": 160}, "heads of at most 128 features, not 160"),
     ],
 )
 def test_a_kernel_asked_for_by_name_runs_or_says_why_not(platform, change, says):

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import types
 from typing import Any
 
 import jax
@@ -82,3 +83,14 @@ def test_auto_says_once_what_it_chose_and_why(caplog):
         "logged runs as pallas: it is the faster one on tpu",
         "logged runs as xla: D is odd",
     ]
+
+
+def test_kernels_for_hopper_name_what_another_gpu_is(monkeypatch):
+    assert dispatch.gpu_why_not() is None  # ahead of time
+    device = types.SimpleNamespace(device_kind="NVIDIA A100", compute_capability="8.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    says = "GPU kernels are for compute capability 9.0 (Hopper) and NVIDIA A100 has 8.0"
+    assert dispatch.gpu_why_not() == says
+    device.compute_capability = "9.0"
+    assert dispatch.gpu_why_not() is None
