@@ -119,7 +119,7 @@ def _device() -> str:
 
 
 def _versions() -> str:
-    used = ["jax"] + [name for name in ("torch", "transformers") if name in sys.modules]
+    used = ["jax"] + [name for name in ("torch", "transformers", "trl") if name in sys.modules]
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in used)
 
 

@@ -12,8 +12,7 @@ Then the parts of a step of `reinforcement_midtraining`: rollouts (collecting wi
 scores (the information gain of RLP; a match costs nothing), update (loss, gradient, AdamW), each
 as a share of the whole step and over the share of its analytic FLOPs.
 Goals: rollouts take at most 0.5 of transformers' time; update and scores together at most 1.15 of
-their share of the FLOPs. TRL's GRPO step is not compared; without vLLM it samples by the `generate`
-that is timed here.
+their share of the FLOPs. A whole step against TRL's is in `grpo.py`.
 Needs the extra `oracle`, or `--notorch`.
 """
 
