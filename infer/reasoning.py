@@ -89,7 +89,8 @@ def make_reasoner(
     slots = max(cfg.budget, longest)
     sized = dataclasses.replace(
         cfg, budget=slots, max_thought=slots, least_budget=1, length_weight=0.0, kl_weight=0.0,
-        force_close=True, entropy=None, positions="curriculum" if is_text else cfg.positions,
+        force_close=True, entropy=None, collect_parts=1,
+        positions="curriculum" if is_text else cfg.positions,
         positions_per_row=(asked.places or DEFAULT_PLACES) if is_text else 1,
     )  # fmt: skip
     setting, method = rmt.make_setting(sized, context), rmt.make(sized, context)

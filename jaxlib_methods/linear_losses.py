@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlib_methods import losses
 from jaxlib_methods.models.config import TransformerConfig
+from jaxlib_methods.models.decoding import divisor_of, temper
 from jaxlib_methods.models.partitioning import cut_axes, gather_width
 from jaxlib_methods.models.transformer import head_rows
 from jaxlib_methods.pallas_kernels import dispatch
@@ -46,18 +47,34 @@ def token_nll(
     labels: jax.Array,
     *,
     where: jax.Array,
+    temperature: jax.Array | float | None = None,
 ) -> jax.Array:
     """`losses.token_nll` of the head's predictions.
 
-        l_t = logsumexp_v <w_v, h_t> - <w_y, h_t>,   y the label of t
+        l_t = logsumexp_v z_v - z_y,   z_v = <w_v, h_t> / temperature,   y the label of t
 
     params, out: of a model of either depth; under `jax.jit` nothing of `out` is computed that is
-    not read. labels: int `[B, L]`; where: bool `[B, L]`, False gives 0 and no gradient. Returns
-    `[B, L]` nats, float32 or better.
+    not read. labels: int `[B, L]`; where: bool `[B, L]`, False gives 0 and no gradient.
+    temperature: a scalar without a gradient; none, 0 and less are 1. Returns `[B, L]` nats, float32
+    or better.
     """
     if _makes_logits(cfg):
-        return losses.token_nll(out.logits, labels, where=where)
-    return _statistics(cfg, params, out.final, labels, where).nll
+        return nll_of_logits(params, out, labels, where=where, temperature=temperature)
+    return _statistics(cfg, params, out.final, labels, where, temperature).nll
+
+
+def nll_of_logits(
+    params: Any,
+    out: Predictions,
+    labels: jax.Array,
+    *,
+    where: jax.Array,
+    temperature: jax.Array | float | None = None,
+) -> jax.Array:
+    """`token_nll` of any model, from its logits; it reads no parameters."""
+    del params
+    logits = out.logits if temperature is None else temper(out.logits, temperature)
+    return losses.token_nll(logits, labels, where=where)
 
 
 def token_entropy(
@@ -92,6 +109,7 @@ def _statistics(
     final: jax.Array | None,
     labels: jax.Array,
     where: jax.Array,
+    temperature: jax.Array | float | None = None,
 ) -> TokenStatistics:
     """Each device takes its tokens and its part of the vocabulary."""
     asked = cfg.loss_implementation
@@ -101,19 +119,20 @@ def _statistics(
     weight = head_rows(cfg, params).astype(final.dtype)
     tokens = cut_axes(labels, "batch", "sequence")
     (vocabulary, width) = cut_axes(weight, "vocab", "embed")
+    scale = jnp.ones(()) if temperature is None else 1 / divisor_of(temperature)
     if not any((*tokens, vocabulary, width)):
-        return op(final, weight, labels, where=where)
+        return op(final, weight, labels, where=where, scale=scale)
     width = width if set(width) <= set(tokens[0]) else ()  # a whole batch has no need of it
 
     def on_each(
-        final: jax.Array, weight: jax.Array, labels: jax.Array, where: jax.Array
+        final: jax.Array, weight: jax.Array, labels: jax.Array, where: jax.Array, scale: jax.Array
     ) -> TokenStatistics:
         weight = gather_width(weight, width, tokens)
         axis_name = vocabulary[0] if vocabulary else None
-        return op(final, weight, labels, where=where, axis_name=axis_name)
+        return op(final, weight, labels, where=where, scale=scale, axis_name=axis_name)
 
     of_tokens = PartitionSpec(*tokens)
     rows = PartitionSpec(vocabulary, width)
-    in_specs = (of_tokens, rows, of_tokens, of_tokens)
+    in_specs = (of_tokens, rows, of_tokens, of_tokens, PartitionSpec())
     mapped = jax.shard_map(on_each, in_specs=in_specs, out_specs=of_tokens)
-    return mapped(final, weight, labels, where)
+    return mapped(final, weight, labels, where, scale)

@@ -72,6 +72,11 @@ class Setting(NamedTuple):
         """The model as a function of its parameters."""
         return functools.partial(transformer.forward, self.model)
 
+    @property
+    def nll(self) -> rollouts.TokenNLL:
+        """Losses of its predictions, in the form that `model.loss_implementation` says."""
+        return functools.partial(linear_losses.token_nll, self.model)
+
 
 def tiers_of(setting: Setting, extra: Any, batch: Any) -> jax.Array:
     """The tier of every target, int8 `[D, L]`.
@@ -143,7 +148,7 @@ def think(
 
     temperature, thought_limit: see `roll_out`; none are those of the configuration.
     """
-    cfg, model = setting.cfg, setting.model
+    cfg = setting.cfg
     place_key, thought_key = jax.random.split(key)
     row_keys = jax.vmap(jax.random.fold_in, (None, 0))(place_key, jnp.arange(len(tiers)))
     places, drawn, valid = curriculum.draw_positions(
@@ -163,23 +168,45 @@ def think(
             thoughts, sizes, asked, tokens=setting.tokens, answer_slots=cfg.answer_slots
         )
     else:
-        cache = decoding.init_cache(model, batch_size=len(prompts), length=setting.prompt_length)
-        responses = rollouts.roll_out(
-            setting.apply,
+        respond = functools.partial(
+            _respond,
+            setting,
             params,
-            prompts,
-            lengths,
-            cache=cache,
             num_rollouts=num_rollouts,
-            max_thought=cfg.max_thought,
-            max_answer=cfg.answer_slots,
             temperature=cfg.temperature if temperature is None else temperature,
-            tokens=setting.tokens,
-            force_close=cfg.force_close or cfg.answer_slots == 0,
-            key=thought_key,
             thought_limit=thought_limit,
+            key=thought_key,
+        )
+        responses = rollouts.in_parts(
+            cfg.collect_parts, respond, prompts, lengths, jnp.arange(len(prompts))
         )
     return Thoughts(places, drawn, valid, asked, prompts, lengths, responses)
+
+
+def _respond(
+    setting: Setting,
+    params: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    numbers: jax.Array,
+    **settings: Any,
+) -> Rollouts:
+    cfg = setting.cfg
+    return rollouts.roll_out(
+        setting.apply,
+        params,
+        prompts,
+        lengths,
+        cache=decoding.init_cache(
+            setting.model, batch_size=len(prompts), length=setting.prompt_length
+        ),
+        max_thought=cfg.max_thought,
+        max_answer=cfg.answer_slots,
+        tokens=setting.tokens,
+        force_close=cfg.force_close or cfg.answer_slots == 0,
+        numbers=numbers,
+        **settings,
+    )
 
 
 def matches(setting: Setting, asked: Asked, responses: Rollouts) -> jax.Array:
@@ -211,17 +238,16 @@ def _gain(
 ) -> tuple[jax.Array, jax.Array]:
     """log p(x | prefix, thought) `[N, G]` and log p(x | prefix) `[N]`, both without gradient."""
     asked, target = thoughts.asked, thoughts.asked.truths[:, 0]
-    with_thought = rollouts.target_log_probs(
-        setting.apply,
-        params,
-        thoughts.prompts,
-        thoughts.lengths,
-        thoughts.responses,
-        target,
-        tokens=setting.tokens,
+    after_thoughts = functools.partial(
+        rollouts.target_log_probs, setting.apply, params, tokens=setting.tokens, nll=setting.nll
     )
-    without = rollouts.prefix_log_probs(
-        setting.apply, baseline, asked.prefixes, asked.lengths, target
+    thought = (thoughts.prompts, thoughts.lengths, thoughts.responses)
+    with_thought = rollouts.in_parts(setting.cfg.collect_parts, after_thoughts, *thought, target)
+    after_prefixes = functools.partial(
+        rollouts.prefix_log_probs, setting.apply, baseline, nll=setting.nll
+    )
+    without = rollouts.in_parts(
+        setting.cfg.collect_parts, after_prefixes, asked.prefixes, asked.lengths, target
     )
     return jax.lax.stop_gradient(with_thought), jax.lax.stop_gradient(without)
 
@@ -310,10 +336,12 @@ def make_collect(setting: Setting) -> Callable[..., Any]:
         advantages = jnp.where(valid[:, None], advantages_of(cfg, reward), 0)
         reference = jnp.zeros_like(thoughts.responses.log_probs)
         if cfg.kl_weight:
-            reference = rollouts.response_log_probs(
-                setting.apply, extra["initial"], thoughts.prompts, thoughts.lengths,
-                thoughts.responses, temperature=cfg.temperature,
+            by_initial = functools.partial(
+                rollouts.response_log_probs, setting.apply, extra["initial"],
+                temperature=cfg.temperature, nll=setting.nll,
             )  # fmt: skip
+            asked = (thoughts.prompts, thoughts.lengths, thoughts.responses)
+            reference = rollouts.in_parts(cfg.collect_parts, by_initial, *asked)
         # Behind a question stands nothing but its answer.
         left_out = "place" if cfg.task == "text" else "rest"
         found = _collected(batch, thoughts, advantages, reference, left_out=left_out)

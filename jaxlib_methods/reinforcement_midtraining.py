@@ -65,7 +65,7 @@ def make_loss(setting: Setting) -> LossFn:
         responses = jax.tree.map(flat, found.responses)
         log_probs = rollouts.response_log_probs(
             setting.apply, params, flat(found.prompts), flat(found.lengths), responses,
-            temperature=cfg.temperature,
+            temperature=cfg.temperature, nll=setting.nll,
         )  # fmt: skip
         clip: dict[str, Any] = {"clip_low": cfg.clip_low, "clip_high": cfg.clip_high}
         old, where, advantages = responses.log_probs, responses.where, flat(found.advantages)

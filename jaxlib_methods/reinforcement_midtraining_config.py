@@ -38,6 +38,8 @@ class ReinforcementMidtrainingConfig:
     policy: thoughts are the model's own (`sampled`), or made up by a rule and learned by their
         likelihood (`taught`): the cold start of a model that cannot think yet. Not published.
     rollouts: thoughts of each position.
+    collect_parts: the prompts of a step think and are scored in so many parts, one after another:
+        the memory of one part, and the same draws.
     max_thought: tokens of the longest thought; longer ones are cut.
     max_answer: tokens of an answer.
     force_close: a thought that is cut is ended for the model, which then answers; otherwise it
@@ -87,6 +89,7 @@ class ReinforcementMidtrainingConfig:
     curriculum_end: float = 0.7
     policy: Literal["sampled", "taught"] = "sampled"
     rollouts: int = 8
+    collect_parts: int = 1
     max_thought: int = 2048
     max_answer: int = 1
     force_close: bool = False
@@ -121,7 +124,9 @@ class ReinforcementMidtrainingConfig:
             "task=questions needs the file that holds them; give questions=FILE.jsonl, or "
             "questions=parity",
         )
-        for name in ("positions_per_row", "max_thought", "max_answer", "least_budget"):
+        for name in (
+            "positions_per_row", "collect_parts", "max_thought", "max_answer", "least_budget",
+        ):  # fmt: skip
             value = getattr(self, name)
             _require(value >= 1, f"{name}={value} must be at least 1")
         grouped = self.advantage != "absolute"

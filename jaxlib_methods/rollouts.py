@@ -3,22 +3,28 @@
 A response is `thought, close, answer`; the prompt ends with what opens the thought. `roll_out`
 samples with a key-value cache. `response_log_probs` scores the same tokens in one differentiable
 pass, `target_log_probs` and `prefix_log_probs` a given token, with and without the thought before
-it. Here `apply` takes `num_logits` too, in passes without a cache (see `models.transformer`).
+it. Here `apply` takes `num_logits` too, in passes without a cache (see `models.transformer`). From
+what it gives `nll` takes losses: from the logits, or without them as `linear_losses` does.
 """
 
 # Dimension key: N prompts, G rollouts of each, B = N G rows, P padded prompt, R response slots,
 # A answer slots, W tokens of a pass, V padded vocabulary.
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods.linear_losses import nll_of_logits
 from jaxlib_methods.losses import token_nll
-from jaxlib_methods.models.decoding import Apply, DecodeState, branch, next_logits, prefill
-from jaxlib_methods.models.partitioning import constrain
-from jaxlib_methods.models.transformer import KVCache
-from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
+from jaxlib_methods.models.decoding import Apply, DecodeState, branch, next_logits, prefill, temper
+from jaxlib_methods.models.partitioning import axis_size, constrain
+from jaxlib_methods.models.transformer import KVCache, Outputs
+
+# `nll(params, out, labels, *, where, temperature=None)`: `nll_of_logits`, or
+# `functools.partial(linear_losses.token_nll, cfg)`. `out` is of `apply`, one for each label.
+TokenNLL = Callable[..., jax.Array]
 
 
 class Tokens(NamedTuple):
@@ -78,6 +84,7 @@ def roll_out(
     force_close: bool,
     key: jax.Array,
     thought_limit: jax.Array | int | None = None,
+    numbers: jax.Array | None = None,
 ) -> Rollouts:
     """Samples `num_rollouts` responses to each prompt, of R = max_thought + 1 + max_answer slots.
 
@@ -90,9 +97,9 @@ def roll_out(
     of which `end` is one; 0 stops at close. An answer may hold any token, close too. temperature:
     divides the logits; 0 takes the likeliest token and gives log-probabilities of temperature 1.
 
-    Row (n, g) draws its token t with `fold_in(fold_in(fold_in(key, n), g), t)`. Temperature, limit,
-    ids, lengths and key are data, not compiled in. Nothing here has a gradient. Raises ValueError
-    for impossible sizes.
+    Row (n, g) draws its token t with `fold_in(fold_in(fold_in(key, n), g), t)`; numbers: int32
+    `[N]`, the n of prompts that are a part of more. Temperature, limit, ids, lengths and key are
+    data, not compiled in. Nothing here has a gradient. Raises ValueError for impossible sizes.
     """
     _check(prompts, cache, num_rollouts, max_thought, max_answer, force_close)
     (N, _), G, R = prompts.shape, num_rollouts, max_thought + 1 + max_answer
@@ -101,7 +108,8 @@ def roll_out(
     params = jax.lax.stop_gradient(params)
     state = prefill(apply, params, prompts, lengths, cache=cache, max_new_tokens=1)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
-    keys = jax.vmap(fold, (0, None))(fold(key, jnp.arange(N)), jnp.arange(G)).reshape(N * G)
+    numbers = jnp.arange(N) if numbers is None else numbers
+    keys = jax.vmap(fold, (0, None))(fold(key, numbers), jnp.arange(G)).reshape(N * G)
 
     def gumbel(logits: jax.Array, row_key: jax.Array, step: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(row_key, step), logits.shape, logits.dtype)
@@ -150,22 +158,6 @@ def _check(
             f"a cache for {cache.positions.shape[0]} rows does not fit {prompts.shape[0]} prompts; "
             "give one row to each prompt, not to each rollout"
         )
-
-
-def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """Logits `[..., V]` over the temperature, up to a constant; 0 and less count as 1.
-
-    Padding of the vocabulary stays out of reach, which a high temperature would make likely; the
-    largest becomes 0, so that a tiny one cannot overflow.
-
-    >>> import jax.numpy as jnp
-    >>> temper(jnp.array([1.0, 3.0]), 0.5).tolist()
-    [-4.0, 0.0]
-    """
-    divisor = jnp.asarray(temperature, logits.dtype)
-    divisor = jnp.where(divisor > 0, divisor, 1)
-    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    return jnp.where(logits > 0.5 * MASKED_SCORE, (logits - top) / divisor, MASKED_SCORE)
 
 
 def _fork(state: DecodeState, times: int, slots: int) -> DecodeState:
@@ -242,6 +234,28 @@ def _collect(
     )
 
 
+def in_parts(num_parts: int, function: Callable[..., Any], *arrays: Any) -> Any:
+    """A function of N prompts on parts of them, one after another: the memory of one part.
+
+    arrays: trees of `[N, ...]`. Part i holds the prompts i, i + num_parts, ...: a device that holds
+    neighbours keeps them. Raises ValueError where the parts are not equal.
+    """
+    N = len(jax.tree.leaves(arrays)[0])
+    if num_parts == 1:
+        return function(*arrays)
+    if N % num_parts:
+        raise ValueError(f"{num_parts} parts do not divide {N} prompts; choose a divisor of {N}")
+
+    def cut(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x.reshape(N // num_parts, num_parts, *x.shape[1:]), 0, 1)
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, 1).reshape(N, *x.shape[2:])
+
+    found = jax.lax.map(lambda part: function(*part), jax.tree.map(cut, arrays))
+    return jax.tree.map(join, found)
+
+
 def response_log_probs(
     apply: Apply,
     params: Any,
@@ -250,6 +264,7 @@ def response_log_probs(
     rollouts: Rollouts,
     *,
     temperature: jax.Array | float,
+    nll: TokenNLL = nll_of_logits,
 ) -> jax.Array:
     """Log-probabilities of the sampled tokens in one pass over prompts and responses.
 
@@ -264,10 +279,10 @@ def response_log_probs(
     begin = P - jnp.repeat(lengths, G)
     end = P + rollouts.lengths.reshape(N * G)
     # Column P - 1 predicts the first token of the response; the last column predicts none.
-    logits = _logits(apply, params, rows, begin, end, num_logits=R + 1)[:, :-1]
+    out = _predict(apply, params, rows, begin, end, num_logits=R + 1)
+    out = jax.tree.map(lambda x: x[:, :-1], out)
     where = rollouts.where.reshape(N * G, R)
-    nll = token_nll(temper(logits, temperature), labels, where=where)
-    return -nll.reshape(N, G, R)
+    return -nll(params, out, labels, where=where, temperature=temperature).reshape(N, G, R)
 
 
 def target_log_probs(
@@ -279,6 +294,7 @@ def target_log_probs(
     target: jax.Array,
     *,
     tokens: Tokens,
+    nll: TokenNLL = nll_of_logits,
 ) -> jax.Array:
     """Log-probability of one token after each thought (RLP, arXiv 2510.01265, section 2).
 
@@ -287,8 +303,10 @@ def target_log_probs(
     prompts: int32 `[N, P]`, left-padded; lengths, target: int32 `[N]`. Returns `[N, G]` nats, of
     temperature 1.
     """
-    logits = thought_logits(apply, params, prompts, lengths, rollouts, tokens=tokens)
-    return -token_nll(logits, jnp.broadcast_to(target[:, None], logits.shape[:2]))
+    rows, total = _thoughts(prompts, lengths, rollouts, tokens)
+    G = rollouts.tokens.shape[1]
+    found = prefix_log_probs(apply, params, rows, total, jnp.repeat(target, G), nll=nll)
+    return found.reshape(-1, G)
 
 
 def thought_logits(
@@ -300,7 +318,15 @@ def thought_logits(
     *,
     tokens: Tokens,
 ) -> jax.Array:
-    """Logits `[N, G, V]` of the token after each thought; see `target_log_probs`.
+    """Logits `[N, G, V]` of the token after each thought; see `target_log_probs`."""
+    rows, total = _thoughts(prompts, lengths, rollouts, tokens)
+    return prefix_logits(apply, params, rows, total).reshape(*rollouts.tokens.shape[:2], -1)
+
+
+def _thoughts(
+    prompts: jax.Array, lengths: jax.Array, rollouts: Rollouts, tokens: Tokens
+) -> tuple[jax.Array, jax.Array]:
+    """Prompts with their thoughts up to close: rows `[B, W]`, left-padded, and lengths `[B]`.
 
     A thought that was never closed is closed here.
     """
@@ -310,16 +336,21 @@ def thought_logits(
     thoughts = rollouts.tokens[:, :, :slots].reshape(N * G, slots)
     thoughts = jnp.where(jnp.arange(slots)[None] == thought_lengths, tokens.close, thoughts)
     rows = jnp.concatenate([jnp.repeat(prompts, G, axis=0), thoughts], axis=1)
-    # Turned until close is the last of each row: one logit is enough, and all padding is left.
+    # Turned until close is the last of each row: one prediction is enough, and all padding is left.
     W = rows.shape[1]
     turned = (jnp.arange(W)[None] - (slots - 1 - thought_lengths)) % W
-    rows = jnp.take_along_axis(rows, turned, axis=1)
     total = jnp.repeat(lengths, G) + thought_lengths[:, 0] + 1
-    return prefix_logits(apply, params, rows, total).reshape(N, G, -1)
+    return jnp.take_along_axis(rows, turned, axis=1), total
 
 
 def prefix_log_probs(
-    apply: Apply, params: Any, prefixes: jax.Array, lengths: jax.Array, target: jax.Array
+    apply: Apply,
+    params: Any,
+    prefixes: jax.Array,
+    lengths: jax.Array,
+    target: jax.Array,
+    *,
+    nll: TokenNLL = nll_of_logits,
 ) -> jax.Array:
     """Log-probability of the token after each prefix (RLP, arXiv 2510.01265, section 2).
 
@@ -328,17 +359,23 @@ def prefix_log_probs(
     prefixes: int32 `[N, P]`, left-padded, as they are; lengths, target: int32 `[N]`. Returns `[N]`
     nats, of temperature 1.
     """
-    return -token_nll(prefix_logits(apply, params, prefixes, lengths), target)
+    out = _predict_last(apply, params, prefixes, lengths)
+    where = jnp.ones((len(target), 1), bool)
+    return -nll(params, out, target[:, None], where=where)[:, 0]
 
 
 def prefix_logits(apply: Apply, params: Any, prefixes: jax.Array, lengths: jax.Array) -> jax.Array:
     """Logits `[N, V]` of the token after each prefix; see `prefix_log_probs`."""
+    return _predict_last(apply, params, prefixes, lengths).logits[:, 0]
+
+
+def _predict_last(apply: Apply, params: Any, prefixes: jax.Array, lengths: jax.Array) -> Outputs:
     W = prefixes.shape[1]
     end = jnp.full_like(lengths, W)
-    return _logits(apply, params, prefixes, W - lengths, end, num_logits=1)[:, 0]
+    return _predict(apply, params, prefixes, W - lengths, end, num_logits=1)
 
 
-def _logits(
+def _predict(
     apply: Apply,
     params: Any,
     tokens: jax.Array,
@@ -346,15 +383,18 @@ def _logits(
     end: jax.Array,
     *,
     num_logits: int,
-) -> jax.Array:
-    """The last logits `[B, num_logits, V]` of rows `[B, W]` whose tokens are from begin to end."""
+) -> Outputs:
+    """The last `num_logits` predictions of rows `[B, W]` whose tokens are from begin to end."""
+    # Padded until the mesh can cut them: a prompt has the length that its wording takes.
+    short = -tokens.shape[1] % axis_size("sequence")
+    tokens = jnp.pad(tokens, [(0, 0), (short, 0)])
+    begin, end = begin + short, end + short
     column = jnp.arange(tokens.shape[1])[None]
     real = (column >= begin[:, None]) & (column < end[:, None])
-    out = apply(
+    return apply(
         params,
         constrain(tokens, "batch", "sequence"),
         positions=jnp.where(real, column - begin[:, None], 0),
         segments=real.astype(jnp.int32),
         num_logits=num_logits,
     )
-    return out.logits

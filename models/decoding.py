@@ -173,15 +173,34 @@ def filter_logits(
     return jnp.where(keep, logits, -jnp.inf)
 
 
+def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """Logits `[..., V]` over the temperature, up to a constant; 0 and less count as 1.
+
+    Padding of the vocabulary stays out of reach, which a high temperature would make likely; the
+    largest becomes 0, so that a tiny one cannot overflow.
+
+    >>> import jax.numpy as jnp
+    >>> temper(jnp.array([1.0, 3.0]), 0.5).tolist()
+    [-4.0, 0.0]
+    """
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    divisor = divisor_of(temperature).astype(logits.dtype)
+    return jnp.where(logits > 0.5 * MASKED_SCORE, (logits - top) / divisor, MASKED_SCORE)
+
+
+def divisor_of(temperature: jax.Array | float) -> jax.Array:
+    """What logits are divided by: the temperature, 1 where that is 0 or less."""
+    temperature = jnp.asarray(temperature, float)
+    return jnp.where(temperature > 0, temperature, 1)
+
+
 def sample(logits: jax.Array, sampling: SamplingConfig, *, key: jax.Array) -> jax.Array:
     """Draws a token from each row of logits `[..., V]`. Returns int32 `[...]`."""
     temperature = jnp.asarray(sampling.temperature)
     # Padding of the vocabulary has a finite score, which a high temperature would make likely.
     real = jnp.where(logits > 0.5 * MASKED_SCORE, logits, -jnp.inf)
     # The maximum becomes 0, so that a tiny temperature cannot overflow.
-    tempered = (real - real.max(axis=-1, keepdims=True)) / jnp.where(
-        temperature > 0, temperature, 1
-    )
+    tempered = (real - real.max(axis=-1, keepdims=True)) / divisor_of(temperature)
     top_k, top_p, min_p = map(jnp.asarray, (sampling.top_k, sampling.top_p, sampling.min_p))
     # The vocabulary is sorted only where a rule asks for it.
     filtered = (temperature > 0) & ((top_k > 0) | (top_p < 1) | (min_p > 0))

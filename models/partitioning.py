@@ -118,6 +118,11 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _divisible(x.shape, logical_spec(names), mesh))
 
 
+def axis_size(name: str) -> int:
+    """Devices along an axis of the current mesh; 1 without one."""
+    return jax.sharding.get_abstract_mesh().shape.get(name, 1)
+
+
 def cut_axes(x: jax.Array, *names: str | None) -> list[tuple[str, ...]]:
     """The mesh axes that cut each dimension where `constrain` places it, for `jax.shard_map`.
 

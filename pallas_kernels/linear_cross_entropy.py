@@ -49,13 +49,14 @@ def linear_cross_entropy_reference(
     *,
     where: jax.Array | None = None,
     num_classes: int | None = None,
+    scale: jax.Array | float = 1.0,
 ) -> TokenStatistics:
     """What `linear_cross_entropy` computes, by way of the logits `[..., V]`."""
     if where is not None:
         hidden = jnp.where(where[..., None], hidden, jnp.zeros((), hidden.dtype))
     columns = jnp.arange(weight.shape[0])
     columns = jnp.where(columns < (num_classes or weight.shape[0]), columns, NO_CLASS)
-    part = _tile_statistics(hidden, weight, columns, labels)
+    part = _tile_statistics(hidden, weight, columns, labels, _wide(scale, hidden))
     return _finish(part, where)
 
 
@@ -66,12 +67,13 @@ def linear_cross_entropy(
     *,
     where: jax.Array | None = None,
     num_classes: int | None = None,
+    scale: jax.Array | float = 1.0,
     axis_name: str | None = None,
     implementation: Implementation = "auto",
 ) -> TokenStatistics:
     """Cross-entropy of a linear head in tiles of the vocabulary (cut cross-entropy, 2411.09009).
 
-        z_t = W h_t,   L_t = logsumexp_v z_tv
+        z_t = scale W h_t,   L_t = logsumexp_v z_tv
         nll_t = L_t - z_t[y_t],   H_t = L_t - sum_v p_tv z_tv,   p_t = softmax(z_t)
 
     hidden: `[..., D]`; weight: `[V, D]`, a table of embeddings or a head's transposed kernel, used
@@ -79,9 +81,10 @@ def linear_cross_entropy(
     Returns three arrays `[...]`, float32 or better, all differentiable: in reverse, and forwards
     or in reverse over that.
 
-    num_classes: how many rows of weight are classes; the others pad the vocabulary. axis_name:
-    inside `jax.shard_map`, the mesh axis along which the rows of weight are cut; statistics of the
-    tokens are all that crosses it. See `dispatch` for the implementations.
+    num_classes: how many rows of weight are classes; the others pad the vocabulary. scale: a
+    scalar without a gradient, such as 1 / temperature. axis_name: inside `jax.shard_map`, the mesh
+    axis along which the rows of weight are cut; statistics of the tokens are all that crosses it.
+    See `dispatch` for the implementations.
 
     >>> import jax.numpy as jnp
     >>> out = linear_cross_entropy(jnp.ones((2, 3)), jnp.zeros((4, 3)), jnp.array([0, 3]))
@@ -104,7 +107,7 @@ def linear_cross_entropy(
         weight, columns = _tiles(weight, columns)
     else:
         columns = tpu.whole_blocks(columns)
-    arrays = _vary_alike(hidden, weight, columns, labels)
+    arrays = _vary_alike(hidden, weight, columns, labels, _wide(scale, hidden))
     part = cast(Part, _statistics(*arrays, chosen))
     if axis_name is not None:
         part = _merge(
@@ -126,6 +129,12 @@ def _check(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> None:
             f"labels must be integers of shape {hidden.shape[:-1]}, got {labels.dtype} of "
             f"{labels.shape}"
         )
+
+
+def _wide(scale: jax.Array | float, hidden: jax.Array) -> jax.Array:
+    """The scale in the dtype of the logits: hidden times it would be rounded to hidden's."""
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jax.lax.stop_gradient(jnp.asarray(scale, wide))
 
 
 def _finish(part: Part, where: jax.Array | None) -> TokenStatistics:
@@ -159,24 +168,34 @@ def _vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def _statistics(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array, implementation: str
+    hidden: jax.Array,
+    weight: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
+    implementation: str,
 ) -> Part:
-    return _FORWARD[implementation](hidden, weight, columns, labels)
+    return _FORWARD[implementation](hidden, weight, columns, labels, scale)
 
 
 def _statistics_forward(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array, implementation: str
+    hidden: jax.Array,
+    weight: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
+    implementation: str,
 ) -> tuple[Part, tuple[Any, ...]]:
-    part = _FORWARD[implementation](hidden, weight, columns, labels)
-    return part, (hidden, weight, columns, labels, part)
+    part = _FORWARD[implementation](hidden, weight, columns, labels, scale)
+    return part, (hidden, weight, columns, labels, scale, part)
 
 
 def _statistics_backward(
     implementation: str, saved: tuple[Any, ...], slopes: Part
 ) -> tuple[jax.Array | None, ...]:
-    return (*_BACKWARD[implementation](*saved, slopes), None, None)
+    return (*_BACKWARD[implementation](*saved, slopes), None, None, None)
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
@@ -199,22 +218,29 @@ def _tiles(weight: jax.Array, columns: jax.Array) -> tuple[jax.Array, jax.Array]
 
 
 def _tile_logits(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array
+    hidden: jax.Array,
+    weight: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits `[..., V]`, which of them are of a class, and which of the label."""
-    wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    logits = jnp.einsum(
-        "...d,vd->...v", hidden, weight.astype(hidden.dtype), preferred_element_type=wide
-    )
+    """Scaled logits `[..., V]`, which of them are of a class, and which of the label."""
+    weight = weight.astype(hidden.dtype)
+    logits = jnp.einsum("...d,vd->...v", hidden, weight, preferred_element_type=scale.dtype)
+    logits = logits * scale
     columns = jnp.expand_dims(columns, range(labels.ndim))
     real = columns != NO_CLASS
     return logits, real, real & (columns == labels[..., None])
 
 
 def _tile_statistics(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array
+    hidden: jax.Array,
+    weight: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
 ) -> Part:
-    logits, real, hit = _tile_logits(hidden, weight, columns, labels)
+    logits, real, hit = _tile_logits(hidden, weight, columns, labels, scale)
     logits = jnp.where(real, logits, MASKED_SCORE)
     top = jax.lax.stop_gradient(logits.max(axis=-1))
     excess = logits - top[..., None]
@@ -229,20 +255,21 @@ def _tile_gradients(
     weight: jax.Array,
     columns: jax.Array,
     labels: jax.Array,
+    scale: jax.Array,
     part: Part,
     slopes: Part,
 ) -> tuple[jax.Array, jax.Array]:
     """The share of a tile in hidden's gradient, wide, and the gradient of its rows of weight.
 
-    dz_v = p_v (dL - dH (log p_v + H)) + ds [v = y]
+    dz_v = p_v (dL - dH (log p_v + H)) + ds [v = y],   of the scaled logits
     """
-    logits, real, hit = _tile_logits(hidden, weight, columns, labels)
+    logits, real, hit = _tile_logits(hidden, weight, columns, labels, scale)
     _, entropy, top, spread = (x[..., None] for x in part)
     dscore, dentropy, _, dspread = (x[..., None] for x in slopes)
     log_probs = jnp.where(real, (logits - top) - spread, 0.0)
     probs = jnp.where(real, jnp.exp(log_probs), 0.0)
     dlogits = probs * (dspread - dentropy * (log_probs + entropy))
-    dlogits = (dlogits + jnp.where(hit, dscore, 0.0)).astype(hidden.dtype)
+    dlogits = (scale * (dlogits + jnp.where(hit, dscore, 0.0))).astype(hidden.dtype)
     wide = functools.partial(jnp.tensordot, preferred_element_type=logits.dtype)
     tokens = tuple(range(labels.ndim))
     dweight = wide(dlogits, hidden, axes=(tokens, tokens)).astype(weight.dtype)
@@ -250,11 +277,15 @@ def _tile_gradients(
 
 
 def _xla_statistics(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array
+    hidden: jax.Array,
+    weight: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
 ) -> Part:
     """Of weight `[T, V / T, D]` and columns `[T, V / T]`, like all that follows."""
     body = jax.checkpoint(_tile_statistics, prevent_cse=False)
-    parts = jax.lax.map(lambda tile: body(hidden, *tile, labels), (weight, columns))
+    parts = jax.lax.map(lambda tile: body(hidden, *tile, labels, scale), (weight, columns))
     total = functools.partial(jnp.sum, axis=0, keepdims=True)
     part = _merge(
         parts,
@@ -269,6 +300,7 @@ def _xla_gradients(
     weight: jax.Array,
     columns: jax.Array,
     labels: jax.Array,
+    scale: jax.Array,
     part: Part,
     slopes: Part,
 ) -> tuple[jax.Array, jax.Array]:
@@ -276,7 +308,7 @@ def _xla_gradients(
 
     def body(dhidden: jax.Array, tile: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         # The sum outside the checkpoint: it is linear, so its derivative keeps no partial sum.
-        share, dweight = tile_gradients(hidden, *tile, labels, part, slopes)
+        share, dweight = tile_gradients(hidden, *tile, labels, scale, part, slopes)
         return dhidden + share, dweight
 
     start, _ = _vary_alike(jnp.zeros(hidden.shape, part.spread.dtype), hidden)
@@ -288,16 +320,16 @@ def _xla_gradients(
 
 
 def _plain_statistics(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array
+    hidden: jax.Array, weight: jax.Array, columns: jax.Array, *rest: jax.Array
 ) -> Part:
-    return _xla_statistics(hidden, *_tiles(weight, columns[: weight.shape[0]]), labels)
+    return _xla_statistics(hidden, *_tiles(weight, columns[: weight.shape[0]]), *rest)
 
 
 def _plain_gradients(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, *rows: Any
+    hidden: jax.Array, weight: jax.Array, columns: jax.Array, *rest: Any
 ) -> tuple[jax.Array, jax.Array]:
     V, D = weight.shape
-    dhidden, dweight = _xla_gradients(hidden, *_tiles(weight, columns[:V]), *rows)
+    dhidden, dweight = _xla_gradients(hidden, *_tiles(weight, columns[:V]), *rest)
     return dhidden, dweight.reshape(-1, D)[:V]
 
 

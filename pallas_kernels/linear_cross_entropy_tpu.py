@@ -50,15 +50,20 @@ def _row_bytes(hidden: jax.Array, weight: jax.Array) -> int:
 
 
 def statistics(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array
+    hidden: jax.Array,
+    weight: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
 ) -> tuple[jax.Array, ...]:
     """Of each token: the logit of its label, the entropy, the largest logit (top), and what the
     log-sum-exp has above it (spread).
 
     hidden: `[..., D]`; weight: `[V, D]`; columns: the class of each row, -1 of padding, in
-    `whole_blocks`; labels: int `[...]`. Returns four float32 `[...]`.
+    `whole_blocks`; labels: int `[...]`; scale: of the logits, a float32 scalar. Returns four
+    float32 `[...]`.
     """
-    arrays = _factors(hidden, weight, columns, labels)
+    arrays = _factors(hidden, weight, columns, labels, scale)
     rows = ((labels.size, 1), jnp.float32)
     found = _walk("tokens", _statistics_kernel, arrays, outputs=[rows] * 4, sums=1, scratch=2)
     return tuple(x.reshape(labels.shape) for x in found)
@@ -69,6 +74,7 @@ def gradients(
     weight: jax.Array,
     columns: jax.Array,
     labels: jax.Array,
+    scale: jax.Array,
     part: Sequence[jax.Array],
     slopes: Sequence[jax.Array],
 ) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +83,7 @@ def gradients(
     dscore, dentropy, _, dspread = slopes
     rows = jnp.stack([entropy, top, spread, dscore, dentropy, dspread], axis=-1)
     rows = rows.reshape(labels.size, -1)
-    arrays = (*_factors(hidden, weight, columns, labels), rows)
+    arrays = (*_factors(hidden, weight, columns, labels, scale), rows)
     V, D = weight.shape
     kernel = functools.partial(_hidden_kernel, num_classes=V)
     (dhidden,) = _walk("tokens", kernel, arrays, outputs=[((labels.size, D), hidden.dtype)], sums=D)
@@ -87,10 +93,14 @@ def gradients(
 
 
 def _factors(
-    hidden: jax.Array, weight: jax.Array, columns: jax.Array, labels: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    D = hidden.shape[-1]
-    return hidden.reshape(-1, D), weight, columns[None], labels.reshape(-1, 1)
+    hidden: jax.Array,
+    weight: jax.Array,
+    columns: jax.Array,
+    labels: jax.Array,
+    scale: jax.Array,
+) -> tuple[jax.Array, ...]:
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    return rows, weight, columns[None], scale.reshape(1, 1), labels.reshape(-1, 1)
 
 
 def _walk(
@@ -104,9 +114,9 @@ def _walk(
 ) -> Sequence[jax.Array]:
     """Runs a kernel over all pairs of blocks, those of `outer` one after the other.
 
-    arrays: hidden `[N, D]`, weight `[V, D]`, columns `[1, V or more]`, labels `[N, 1]`, further
-    ones of tokens. outputs: shapes and dtypes, in blocks of `outer`. scratch: how many float32
-    arrays, of `sums` columns and a row per row of the block, the kernel sums in.
+    arrays: hidden `[N, D]`, weight `[V, D]`, columns `[1, V or more]`, scale `[1, 1]`, labels
+    `[N, 1]`, further ones of tokens. outputs: shapes and dtypes, in blocks of `outer`. scratch:
+    how many float32 arrays, of `sums` columns and a row per row of the block, the kernel sums in.
     """
     hidden, weight = arrays[:2]
     (N, D), V = hidden.shape, weight.shape[0]
@@ -132,7 +142,8 @@ def _walk(
             of_tokens(D),
             of_classes(D),
             pl.BlockSpec((1, v), lambda *at: (0, at[vocab])),
-            *(of_tokens(x.shape[1]) for x in arrays[3:]),
+            pl.BlockSpec(memory_space=pltpu.SMEM),
+            *(of_tokens(x.shape[1]) for x in arrays[4:]),
         ],
         out_specs=[of_outer(shape[1]) for shape, _ in outputs],
         out_shape=[
@@ -155,10 +166,10 @@ def _walk(
 
 
 def _block_logits(
-    hidden: _Ref, weight: jax.Array, columns: _Ref, labels: _Ref
+    hidden: jax.Array, weight: jax.Array, columns: _Ref, scale: _Ref, labels: _Ref
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Logits `[n, v]`, which of them are of a class, and which of the label."""
-    logits = _dot(hidden, weight.astype(hidden.dtype), contract=(1, 1))
+    """Scaled logits `[n, v]`, which of them are of a class, and which of the label."""
+    logits = _dot(hidden, weight.astype(hidden.dtype), contract=(1, 1)) * scale[0, 0]
     real = jnp.broadcast_to(columns[...] != NO_CLASS, logits.shape)
     return logits, real, real & (columns[...] == labels[...])
 
@@ -178,6 +189,7 @@ def _statistics_kernel(
     hidden: _Ref,
     weight: _Ref,
     columns: _Ref,
+    scale: _Ref,
     labels: _Ref,
     score: _Ref,
     entropy: _Ref,
@@ -194,7 +206,7 @@ def _statistics_kernel(
         for total in (score, norm, mixed):
             total[...] = jnp.zeros(total.shape, total.dtype)
 
-    logits, real, hit = _block_logits(hidden[...], weight[...], columns, labels)
+    logits, real, hit = _block_logits(hidden[...], weight[...], columns, scale, labels)
     logits = jnp.where(real, logits, MASKED_SCORE)
     score[...] += jnp.sum(jnp.where(hit, logits, 0.0), axis=1, keepdims=True)
     new_top = jnp.maximum(top[...], jnp.max(logits, axis=1, keepdims=True))
@@ -213,21 +225,23 @@ def _statistics_kernel(
 
 
 def _block_slopes(
-    hidden: jax.Array, weight: jax.Array, columns: _Ref, labels: _Ref, rows: _Ref
+    hidden: jax.Array, weight: jax.Array, columns: _Ref, scale: _Ref, labels: _Ref, rows: _Ref
 ) -> jax.Array:
-    """Gradient of the logits `[n, v]`: p (dL - dH (log p + H)) + ds [v = y]."""
-    logits, real, hit = _block_logits(hidden, weight, columns, labels)
+    """Gradient of the logits `[n, v]` before scaling: see `_tile_gradients`."""
+    logits, real, hit = _block_logits(hidden, weight, columns, scale, labels)
     entropy, top, spread, dscore, dentropy, dspread = (rows[:, k : k + 1] for k in range(6))
     log_probs = jnp.where(real, (logits - top) - spread, 0.0)
     probs = jnp.where(real, jnp.exp(log_probs), 0.0)
     slopes = probs * (dspread - dentropy * (log_probs + entropy))
-    return (slopes + jnp.where(hit, dscore, 0.0)).astype(hidden.dtype)
+    slopes = scale[0, 0] * (slopes + jnp.where(hit, dscore, 0.0))
+    return slopes.astype(hidden.dtype)
 
 
 def _hidden_kernel(
     hidden: _Ref,
     weight: _Ref,
     columns: _Ref,
+    scale: _Ref,
     labels: _Ref,
     rows: _Ref,
     dhidden: _Ref,
@@ -240,7 +254,7 @@ def _hidden_kernel(
         total[...] = jnp.zeros(total.shape, total.dtype)
 
     w = _within(weight[...], pl.program_id(1) * weight.shape[0], num_classes)
-    slopes = _block_slopes(hidden[...], w, columns, labels, rows)
+    slopes = _block_slopes(hidden[...], w, columns, scale, labels, rows)
     total[...] += _dot(slopes, w.astype(slopes.dtype), contract=(1, 0))
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)
@@ -252,6 +266,7 @@ def _weight_kernel(
     hidden: _Ref,
     weight: _Ref,
     columns: _Ref,
+    scale: _Ref,
     labels: _Ref,
     rows: _Ref,
     dweight: _Ref,
@@ -265,7 +280,7 @@ def _weight_kernel(
 
     start = pl.program_id(1) * hidden.shape[0]
     h = _within(hidden[...], start, num_tokens)
-    slopes = _block_slopes(h, weight[...], columns, labels, rows)
+    slopes = _block_slopes(h, weight[...], columns, scale, labels, rows)
     total[...] += _dot(_within(slopes, start, num_tokens), h, contract=(0, 0))
 
     @pl.when(pl.program_id(1) == pl.num_programs(1) - 1)

@@ -77,8 +77,8 @@ class Program(NamedTuple):
 
 
 @functools.cache
-def program(cfg: ReinforcementMidtrainingConfig, dtype: Any = "float32") -> Program:
-    method = rmt.make(cfg, context(model=dataclasses.replace(MODEL, compute_dtype=dtype)))
+def program(cfg: ReinforcementMidtrainingConfig, **model: Any) -> Program:
+    method = rmt.make(cfg, context(model=dataclasses.replace(MODEL, **model)))
     extra = method.init(KEY)
     state: Any = {}
     if method.init_state is not None:
@@ -213,6 +213,9 @@ def test_training_sees_the_log_probabilities_of_the_rollout():
     _, metrics = program(TEXT).gradient(PARAMS, found)
     assert mean(metrics["mismatch"]) < 1e-6
     assert mean(metrics["clip_fraction"]) == 0
+    _, metrics = program(TEXT, loss_implementation="xla").gradient(PARAMS, found)
+    assert mean(metrics["mismatch"]) < 1e-5
+    assert mean(metrics["clip_fraction"]) == 0
     other = jax.tree.map(lambda leaf: 1.5 * leaf, PARAMS)
     _, metrics = program(TEXT).gradient(other, found)
     assert mean(metrics["mismatch"]) > 0.01
@@ -221,7 +224,7 @@ def test_training_sees_the_log_probabilities_of_the_rollout():
 
 def test_a_rollout_of_another_precision_is_seen():
     found, _, _ = collected(TEXT)
-    _, metrics = program(TEXT, "bfloat16").gradient(PARAMS, found)
+    _, metrics = program(TEXT, compute_dtype="bfloat16").gradient(PARAMS, found)
     assert 1e-5 < mean(metrics["mismatch"]) < 0.05
     assert mean(metrics["clip_fraction"]) == 0
 
@@ -438,10 +441,12 @@ def test_a_whole_step_is_compiled_once():
         assert step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
 
 
-def after_a_step(cfg: ReinforcementMidtrainingConfig, **axes: int) -> Any:
-    """Parameters and metrics of one step on a mesh of these axes."""
+def after_a_step(cfg: ReinforcementMidtrainingConfig, form: Any, **axes: int) -> Any:
+    """Parameters and metrics of one step on a mesh of these axes; form: of the losses."""
     devices = jax.devices()[: math.prod(axes.values())]
-    method, mesh = rmt.make(cfg, context()), partitioning.make_mesh(**axes, devices=devices)
+    model = dataclasses.replace(MODEL, loss_implementation=form)
+    method = rmt.make(cfg, context(model=model))
+    mesh = partitioning.make_mesh(**axes, devices=devices)
     optimizer = optax.sgd(1.0)
     with jax.set_mesh(mesh):
         abstract = train_state.abstract_state(method, optimizer, mesh)
@@ -456,12 +461,14 @@ def after_a_step(cfg: ReinforcementMidtrainingConfig, **axes: int) -> Any:
         return jax.device_get((state.params, metrics))
 
 
-def test_a_mesh_changes_nothing():
-    cfg = dataclasses.replace(TEXT, kl_weight=0.1)
+@pytest.mark.parametrize("cfg", [dataclasses.replace(TEXT, kl_weight=0.1), RLP])
+def test_mesh_parts_and_form_of_the_loss_change_nothing(cfg: ReinforcementMidtrainingConfig):
+    in_parts = dataclasses.replace(cfg, collect_parts=2)
     (params, metrics), (others, same) = (
-        after_a_step(cfg, data=1),
-        after_a_step(cfg, data=2, fsdp=2, tensor=2),
+        after_a_step(cfg, "logits", data=1),
+        after_a_step(in_parts, "xla", data=2, fsdp=2, tensor=2),
     )
+    assert mean(metrics["gradient_norm"]) > 1e-2
     assert differences(params, others) < 1e-5
     for name in metrics:
         np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-4, err_msg=name)
@@ -479,6 +486,22 @@ def test_flops_are_those_of_the_program():
         jax.grad(lambda params: loss(params, (), found)[0]), PARAMS
     )  # fmt: skip
     assert counted / D == pytest.approx(parts.policy + parts.text, rel=0.01)
+
+
+def test_the_loss_without_logits_takes_less_memory():
+    """Bytes that the compiler reserves for the gradient of a step's loss."""
+    needed, (found, _, _) = {}, collected(TEXT)
+    for form in ("logits", "xla"):
+        model = dataclasses.replace(MODEL, vocab_size=50304, loss_implementation=form)
+        method = rmt.make(TEXT, context(model=model))
+        loss = functools.partial(method.loss, step=jnp.int32(0), key=KEY)
+        params = jax.eval_shape(lambda: partitioning.unbox(init_params(model, KEY)))  # noqa: B023
+        gradient = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
+        stats: Any = gradient.lower(params, (), found).compile().memory_analysis()
+        needed[form] = stats.temp_size_in_bytes
+    logits = 2 * D * G * (TEXT.response_slots + 1) * 50304 * 4
+    assert needed["logits"] > logits
+    assert needed["xla"] < logits / 2  # most of it gradients of two tables of 50304 rows
 
 
 def test_parity_is_a_task_of_its_own():
@@ -604,6 +627,7 @@ def test_runs_that_cannot_be(
     ("fields", "message"),
     [
         ({"rollouts": 1}, "rollouts=1: advantage=group compares"),
+        ({"collect_parts": 0}, "collect_parts=0 must be at least 1"),
         ({"thresholds": (1.0, 0.5, 2.0)}, "must be three rising numbers"),
         ({"quantiles": (0.5, 0.7)}, "must be three rising numbers"),
         ({"first_tiers": (0.0, 0.0, 0.0)}, "must be three proportions"),

@@ -142,7 +142,7 @@ def test_any_temperature_is_safe_and_leaves_padding_of_the_vocabulary_out():
     logits = jnp.array([92.0, 95.0, -1e30, -1e30])
 
     def probabilities(temperature: float) -> jax.Array:
-        return jax.nn.softmax(rl.temper(logits, temperature))
+        return jax.nn.softmax(decoding.temper(logits, temperature))
 
     np.testing.assert_allclose(probabilities(1e30), [0.5, 0.5, 0, 0], atol=1e-6)
     np.testing.assert_allclose(probabilities(1e-37), [0, 1, 0, 0], atol=1e-6)

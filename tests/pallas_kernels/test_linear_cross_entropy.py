@@ -39,6 +39,7 @@ DIRECTION = normal(N, D), normal(V, D)
 LABELS = RNG.integers(0, CLASSES, N)
 WHERE = np.arange(N) != 5
 HIDDEN[~WHERE], LABELS[~WHERE] = np.nan, -1
+SCALE = 1.375  # of the logits
 SCALES = RNG.normal(size=(3, N))  # makes every token and statistic matter on its own
 
 OPTIONS: dict[str, Any] = {"where": jnp.asarray(WHERE), "num_classes": CLASSES}
@@ -62,8 +63,9 @@ def derivatives(op: Op, dtype: Any) -> dict[str, Any]:
     direction = tuple(jnp.asarray(x, dtype) for x in DIRECTION)
     labels = jnp.asarray(LABELS)
 
-    def program(hidden: jax.Array, weight: jax.Array) -> dict[str, Any]:
-        slope = jax.grad(lambda *x: total(op(*x, labels, **OPTIONS)), argnums=(0, 1))
+    def program(hidden: jax.Array, weight: jax.Array, scale: jax.Array) -> dict[str, Any]:
+        options = OPTIONS | {"scale": scale}
+        slope = jax.grad(lambda *x: total(op(*x, labels, **options)), argnums=(0, 1))
 
         def along(*x: jax.Array) -> jax.Array:
             wide = jnp.promote_types(dtype, jnp.float32)
@@ -72,14 +74,14 @@ def derivatives(op: Op, dtype: Any) -> dict[str, Any]:
             return dhidden + dweight
 
         return {
-            "output": tuple(op(hidden, weight, labels, **OPTIONS)),
+            "output": tuple(op(hidden, weight, labels, **options)),
             "vjp": slope(hidden, weight),
             "jvp of vjp": jax.jvp(slope, (hidden, weight), direction)[1],
             "vjp of vjp": jax.grad(along, argnums=(0, 1))(hidden, weight),
         }
 
     with jax.default_matmul_precision("highest"), dispatch.interpreted():
-        return jax.jit(program)(hidden, weight)
+        return jax.jit(program)(hidden, weight, SCALE)
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +126,27 @@ def test_by_hand():
         entropy = math.log(4.0) - 0.75 * math.log(3.0)
         np.testing.assert_allclose(found.entropy, [entropy] * 2, rtol=1e-5)
         np.testing.assert_allclose(found.logsumexp, [math.log(4.0)] * 2, rtol=1e-5)
+        # At temperature 1/2 the odds are squared: p = (1/10, 9/10).
+        found = op(hidden, weight, jnp.array([0, 1]), scale=2.0)
+        np.testing.assert_allclose(found.nll, [math.log(10.0), math.log(10 / 9)], rtol=1e-5)
+        entropy = math.log(10.0) - 0.9 * math.log(9.0)
+        np.testing.assert_allclose(found.entropy, [entropy] * 2, rtol=1e-5)
+        np.testing.assert_allclose(found.logsumexp, [math.log(10.0)] * 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_at_any_temperature_only_classes_are_likely(implementation):
+    hidden, weight = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(WEIGHT, jnp.float32)
+    op = functools.partial(linear_cross_entropy, implementation=implementation, **OPTIONS)
+
+    def entropy(scale: jax.Array) -> jax.Array:
+        return op(hidden, weight, jnp.asarray(LABELS), scale=scale).entropy
+
+    with dispatch.interpreted():
+        found = jax.jit(entropy)(1e-30)
+        slope = jax.jacrev(entropy)(1.0)
+    np.testing.assert_allclose(found[WHERE], math.log(CLASSES), rtol=1e-5)
+    assert not slope.any()
 
 
 def test_says_what_the_losses_say():
@@ -173,20 +196,26 @@ def test_a_vocabulary_cut_over_devices():
 
     def program(op: Op) -> Any:
         def along(*x: jax.Array) -> jax.Array:
-            return jnp.sin(jnp.stack(op(*x, labels))).sum()
+            return jnp.sin(jnp.stack(op(*x, labels, SCALE))).sum()
 
         slope = jax.grad(along, argnums=(0, 1))
         tangents = hidden, weight
-        return op(hidden, weight, labels), slope(*tangents), jax.jvp(slope, tangents, tangents)[1]
+        found = op(hidden, weight, labels, SCALE)
+        return found, slope(*tangents), jax.jvp(slope, tangents, tangents)[1]
 
     for num_classes in (CLASSES, 150):
-        cut = jax.shard_map(
-            functools.partial(linear_cross_entropy, num_classes=num_classes, axis_name="tensor"),
-            mesh=mesh,
-            in_specs=(P("data"), P("tensor"), P("data")),
-            out_specs=P("data"),
-        )
-        whole = functools.partial(linear_cross_entropy_reference, num_classes=num_classes)
+
+        def on_each(*arrays: jax.Array, num_classes: int = num_classes) -> TokenStatistics:
+            *factors, scale = arrays
+            options: dict[str, Any] = {"num_classes": num_classes, "axis_name": "tensor"}
+            return linear_cross_entropy(*factors, scale=scale, **options)
+
+        def whole(*arrays: jax.Array, num_classes: int = num_classes) -> TokenStatistics:
+            *factors, scale = arrays
+            return linear_cross_entropy_reference(*factors, scale=scale, num_classes=num_classes)
+
+        in_specs = (P("data"), P("tensor"), P("data"), P())
+        cut = jax.shard_map(on_each, mesh=mesh, in_specs=in_specs, out_specs=P("data"))
         got, expected = (
             jax.tree.leaves(jax.jit(program, static_argnums=0)(f)) for f in (cut, whole)
         )
