@@ -166,8 +166,8 @@ class ReinforcementMidtrainingConfig:
         for name in ("first_tiers", "last_tiers"):
             parts = getattr(self, name)
             _require(
-                len(parts) == 3 and min(parts) >= 0 and sum(parts) > 0,
-                f"{name}={parts} must be three proportions: easy, medium and hard",
+                len(parts) == 3 and min(parts) >= 0 and abs(sum(parts) - 1) < 1e-5,
+                f"{name}={parts} must be three proportions of 1: easy, medium and hard",
             )
         for name in ("quantiles", "thresholds"):
             cuts = getattr(self, name)
@@ -181,7 +181,7 @@ class ReinforcementMidtrainingConfig:
             f"quantiles={self.quantiles} must be at least 0 and below 1",
         )
         _require(
-            0 <= self.curriculum_begin <= self.curriculum_end <= 1,
+            0 <= self.curriculum_begin < self.curriculum_end <= 1,
             f"curriculum_begin={self.curriculum_begin} and "
             f"curriculum_end={self.curriculum_end} must be shares of the run, in this order",
         )

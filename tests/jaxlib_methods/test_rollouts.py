@@ -236,13 +236,14 @@ def test_the_loop_ends_when_all_rows_are_done():
         jax.debug.callback(lambda shape=inputs.shape: calls.append(shape))
         return scripted(table, inputs, **rest)
 
-    table = says([CLOSE, END], [4, 4, CLOSE, END], begin=[2, 6])
-    settings: dict[str, Any] = {"num_rollouts": 1, "max_thought": 5, "max_answer": 4}
+    scripts = [CLOSE, END], [CLOSE, END], [4, 4, CLOSE, END], [4, CLOSE, END]
+    table = says(*scripts, begin=[2, 2, 6, 6])
+    settings: dict[str, Any] = {"num_rollouts": 2, "max_thought": 5, "max_answer": 4}
     settings |= {"temperature": 0.0, "tokens": IDS, "key": jax.random.key(0)}
     got = run_script(counted, table, jnp.array([2, 6]), force_close=True, **settings)
     jax.effects_barrier()
-    assert got.lengths.tolist() == [[2], [4]]
-    assert calls == [(2, P - 1)] + [(2, 1)] * 4
+    assert got.lengths.tolist() == [[2, 2], [4, 3]]
+    assert calls == [(2, P - 1)] + [(4, 1)] * 4  # each prompt is read once
 
 
 @pytest.mark.parametrize("force_close", [True, False])
@@ -313,6 +314,23 @@ def test_targets_are_read_after_close_and_after_the_prefix():
     bare = jax.jit(functools.partial(rl.prefix_log_probs, scripted), compiler_options=QUICK)
     scores = bare(table, prompts, lengths, target)
     np.testing.assert_allclose(scores, table[range(2), lengths - 1, target], rtol=1e-5)
+
+
+def test_a_thought_that_is_not_read_gains_nothing():
+    lengths, target, tokens = jnp.array([2, 6]), jnp.array([4, 6]), jnp.full((2, 3, 4), 4)
+    blank = jnp.zeros((2, 3), jnp.int32)
+    got = rl.Rollouts(
+        tokens, tokens > 0, 0.0 * tokens, blank, blank + 2, blank > 0, blank[..., :0, None], blank
+    )
+    got = got._replace(answers=jnp.zeros((2, 3, 0), jnp.int32))
+
+    def deaf(table: jax.Array, inputs: jax.Array, **_: Any) -> Outputs:
+        return Outputs(jnp.broadcast_to(table, (len(inputs), 1, V)), None, None)
+
+    table, prompts = jax.random.normal(jax.random.key(0), (V,)), jnp.zeros((2, P), jnp.int32)
+    thinking = rl.target_log_probs(deaf, table, prompts, lengths, got, target, tokens=FIXED)
+    without = rl.prefix_log_probs(deaf, table, prompts, lengths, target)
+    assert jnp.array_equal(thinking, jnp.broadcast_to(without[:, None], (2, 3)))
 
 
 def test_rollouts_have_no_gradient():

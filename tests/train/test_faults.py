@@ -146,6 +146,7 @@ def make_inputs(folder: Path) -> None:
 
 
 LET = "--method=late_to_early"
+MIDTRAINING = "--method=reinforcement_midtraining"
 # What is given beside the finished run's flags ({run}: its workdir, {bad}: the inputs above), and
 # what the one line says. `device`: the devices must be counted to know it.
 WRONG: list[tuple[str, list[str], str, bool]] = [
@@ -164,6 +165,18 @@ WRONG: list[tuple[str, list[str], str, bool]] = [
         "weights of another architecture",
         ["--checkpoint.init_from={run}", "--model.num_heads=4"],
         "has model.num_heads=2, this run has 4",
+        False,
+    ),
+    (
+        "a thought without another to compare it with",
+        [MIDTRAINING, "--reinforcement_midtraining.rollouts=1"],
+        "rollouts=1: advantage=group compares",
+        False,
+    ),
+    (
+        "tiers in no order",
+        [MIDTRAINING, "--reinforcement_midtraining.thresholds=1,0.5,2"],
+        "must be three rising numbers",
         False,
     ),
     ("no teacher", [LET], "late_to_early.teacher", False),
