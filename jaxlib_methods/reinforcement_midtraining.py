@@ -13,6 +13,7 @@ the responses as data.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -227,6 +228,7 @@ def make(cfg: ReinforcementMidtrainingConfig, context: Context) -> Method:
         init_state=functools.partial(init_state, setting),
         collect=make_collect(setting),
         monitor=make_monitor(cfg.guard),
+        rows_multiple=cfg.collect_parts // math.gcd(cfg.collect_parts, cfg.positions_per_row),
     )
 
 

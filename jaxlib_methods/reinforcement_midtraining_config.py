@@ -39,7 +39,8 @@ class ReinforcementMidtrainingConfig:
         likelihood (`taught`): the cold start of a model that cannot think yet. Not published.
     rollouts: thoughts of each position.
     collect_parts: the prompts of a step think and are scored in so many parts, one after another:
-        the memory of one part, and the same draws.
+        the memory of one part, and the same draws. Each device has a share of every part. Made-up
+        thoughts take no such memory.
     max_thought: tokens of the longest thought; longer ones are cut.
     max_answer: tokens of an answer.
     force_close: a thought that is cut is ended for the model, which then answers; otherwise it

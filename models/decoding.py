@@ -189,9 +189,12 @@ def temper(logits: jax.Array, temperature: jax.Array | float) -> jax.Array:
 
 
 def divisor_of(temperature: jax.Array | float) -> jax.Array:
-    """What logits are divided by: the temperature, 1 where that is 0 or less."""
+    """What logits are divided by: the temperature, 1 where that is 0 or less.
+
+    At least 1e-6, at which the likeliest token is as good as certain and no logit overflows.
+    """
     temperature = jnp.asarray(temperature, float)
-    return jnp.where(temperature > 0, temperature, 1)
+    return jnp.where(temperature > 0, jnp.maximum(temperature, 1e-6), 1)
 
 
 def sample(logits: jax.Array, sampling: SamplingConfig, *, key: jax.Array) -> jax.Array:

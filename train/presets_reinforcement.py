@@ -97,8 +97,11 @@ def _published(
     """A run of published size, which begins with a Hugging Face folder of that shape."""
     return RunConfig(
         method="reinforcement_midtraining",
-        # Logits of every response over 151,936 words fit no chip.
-        model=dataclasses.replace(PUBLISHED[shape], remat="full", loss_implementation="xla"),
+        # Neither a layer's scores nor the logits of all responses fit a chip.
+        model=dataclasses.replace(
+            PUBLISHED[shape], remat="full", loss_implementation="xla",
+            attention_implementation="xla",
+        ),
         data=data,
         train=TrainConfig(
             num_steps=num_steps, num_microbatches=num_microbatches, eval_every=50, log_every=1,
@@ -234,8 +237,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforcement_midtraining_14b": Preset(
         config=_midtraining_14b(),
-        hardware="not known: with logits, compiled for 256 TPU v5e, 65 GiB of a chip's 16; without "
-        "them, as it is here, not compiled",
+        hardware="not known: with whole scores and logits, compiled for 256 TPU v5e, 65 GiB of a "
+        "chip's 16; in tiles, as it is here, not compiled",
         time="7 h on H100 (computed)",
         result="QWEN Qwen3-14B, FILES OmniMATH; paper: next tokens 59.1 % right against 35.9 % of "
         "RPT, thoughts of 186 tokens",
@@ -243,8 +246,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforcement_midtraining_rlp_1p7b": Preset(
         config=_information_gain_1p7b(),
-        hardware="not known: with logits, compiled for 64 TPU v6e, 184 GiB of a chip's 31; without "
-        "them, as it is here, not compiled",
+        hardware="not known: with whole scores and logits, compiled for 64 TPU v6e, 184 GiB of a "
+        "chip's 31; in tiles, as it is here, not compiled; try collect_parts=4",
         time="42 min on H100 (computed)",
         result="QWEN Qwen3-1.7B-Base; paper: 42.2 % against 34.0 % without, mean of its tasks",
         needs=_QWEN,

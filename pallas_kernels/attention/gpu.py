@@ -100,6 +100,7 @@ def sweep(
         outer = plan.rows if side == "rows" else plan.columns
         parts = []
         sums = tuple(width if n > 1 else 0 for n in sizes)
+        assert width >= features or all(sums)  # statistics are summed once
         for start in range(0, features if any(sums) else 1, width):
             call = Call(name, plan, formula, side, matrices, (outer, inner), sums, start)
             parts.append(_kernel(call, ends, axes))

@@ -623,6 +623,12 @@ def test_runs_that_cannot_be(
         rmt.make(cfg, context(**fields))
 
 
+def test_every_device_has_a_share_of_every_part():
+    for parts, places, rows in [(1, 2, 1), (4, 2, 2), (4, 3, 4), (2, 4, 1)]:
+        cfg = dataclasses.replace(TEXT, collect_parts=parts, positions_per_row=places)
+        assert rmt.make(cfg, context()).rows_multiple == rows
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -355,13 +355,9 @@ def test_fsdp_gathers_parameters_and_adds_gradients_up(run_on: Any, kind: str):
 
 
 def test_tensor_parallel_blocks_add_up_and_gather_nothing(run_on: Any):
-    program = run_on("next_token", "tensor").program
-    assert (
-        collectives(program)["all-reduce"]
-        > collectives(run_on("next_token", "data").program)["all-reduce"]
-    )
-    gathered = re.findall(r"= (\S+?)\{\S* all-gather(?:-start)?\(", program)
-    assert gathered == []
+    found = collectives(run_on("next_token", "tensor").program)
+    assert found["all-reduce"] > collectives(run_on("next_token", "data").program)["all-reduce"]
+    assert not found["all-gather"]
 
 
 def test_context_parallelism_gathers_keys_and_values(run_on: Any):
