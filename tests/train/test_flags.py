@@ -36,7 +36,7 @@ def candidates(hint: Any, default: Any) -> list[str]:
         texts = [text for argument in arguments for text in candidates(argument, default)]
     elif get_origin(hint) is tuple:
         texts = candidates(arguments[0], None)
-        texts += ["0.25,0.5,0.75"] if arguments[0] is float else []
+        texts += ["0.25,0.5,0.75", "0.5,0.25,0.25"] if arguments[0] is float else []
     elif get_origin(hint) is Literal:
         texts = [str(value) for value in arguments]
     elif hint is bool:
