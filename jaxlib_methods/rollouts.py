@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxlib_methods.linear_losses import nll_of_logits
 from jaxlib_methods.losses import token_nll
 from jaxlib_methods.models.decoding import Apply, DecodeState, branch, next_logits, prefill, temper
-from jaxlib_methods.models.partitioning import axis_size, constrain
+from jaxlib_methods.models.partitioning import axis_size, constrain, join_rows, split_rows
 from jaxlib_methods.models.transformer import KVCache, Outputs
 
 # `nll(params, out, labels, *, where, temperature=None)`: `nll_of_logits`, or
@@ -237,23 +237,15 @@ def _collect(
 def in_parts(num_parts: int, function: Callable[..., Any], *arrays: Any) -> Any:
     """A function of N prompts on parts of them, one after another: the memory of one part.
 
-    arrays: trees of `[N, ...]`. Part i holds the prompts i, i + num_parts, ...: a device that holds
-    neighbours keeps them. Raises ValueError where the parts are not equal.
+    arrays: trees of `[N, ...]`. Raises ValueError where the parts are not equal.
     """
     N = len(jax.tree.leaves(arrays)[0])
     if num_parts == 1:
         return function(*arrays)
     if N % num_parts:
         raise ValueError(f"{num_parts} parts do not divide {N} prompts; choose a divisor of {N}")
-
-    def cut(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x.reshape(N // num_parts, num_parts, *x.shape[1:]), 0, 1)
-
-    def join(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x, 0, 1).reshape(N, *x.shape[2:])
-
-    found = jax.lax.map(lambda part: function(*part), jax.tree.map(cut, arrays))
-    return jax.tree.map(join, found)
+    parts = split_rows(arrays, num_parts)
+    return join_rows(jax.lax.map(lambda part: function(*part), parts))
 
 
 def response_log_probs(

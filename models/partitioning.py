@@ -179,6 +179,28 @@ def look_up(table: jax.Array, rows: jax.Array, name: str) -> jax.Array:
     return jax.shard_map(on_each, in_specs=in_specs, out_specs=PartitionSpec(*tokens))(table, rows)
 
 
+def split_rows(tree: Any, num_parts: int) -> Any:
+    """Leaves `[B, ...]` to `[num_parts, B / num_parts, ...]`; B must be divisible.
+
+    Part i holds the rows i, i + num_parts, ...: a device that holds neighbouring rows keeps them.
+    """
+
+    def split(x: jax.Array) -> jax.Array:
+        # A leaf may be empty, such as the answers of rollouts that only think: no -1 here.
+        return jnp.swapaxes(x.reshape(x.shape[0] // num_parts, num_parts, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(split, tree)
+
+
+def join_rows(tree: Any) -> Any:
+    """The inverse of `split_rows`: leaves `[num_parts, B / num_parts, ...]` to `[B, ...]`."""
+
+    def join(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+    return jax.tree.map(join, tree)
+
+
 def _axes_size(mesh_shape: Mapping[str, int], entry: tuple[str, ...] | str | None) -> int:
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh_shape[axis] for axis in axes)

@@ -8,25 +8,12 @@ import jax.numpy as jnp
 import optax
 
 from jaxlib_methods.method import CollectFn, LossFn, Method, Metrics
+from jaxlib_methods.models import partitioning
 from jaxlib_methods.train.optimizer import global_norm
 from jaxlib_methods.train.state import TrainState, shardings_of
 
 TrainStep = Callable[[TrainState, Any, Any, jax.Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Any, Any, jax.Array], Metrics]
-
-
-def split_microbatches(batch: Any, num_microbatches: int) -> Any:
-    """`[B, ...]` fields to `[num_microbatches, B / num_microbatches, ...]`.
-
-    Micro-batch i holds rows i, i + n, ...: a device that holds neighbouring rows keeps them.
-    """
-
-    def split(x: jax.Array) -> jax.Array:
-        # A field may be empty, such as the answers of rollouts that only think: no -1 here.
-        rows = x.shape[0] // num_microbatches
-        return jnp.swapaxes(x.reshape(rows, num_microbatches, *x.shape[1:]), 0, 1)
-
-    return jax.tree.map(split, batch)
 
 
 def loss_and_gradients(
@@ -70,7 +57,7 @@ def loss_and_gradients(
         found, state = weighted(batch, state, key)
         return (jax.tree.map(jnp.add, total, found), state), None
 
-    parts = split_microbatches(batch, num_microbatches)
+    parts = partitioning.split_rows(batch, num_microbatches)
     keys = jax.random.split(key, num_microbatches)
     first_part, first_key = jax.tree.map(lambda x: x[0], (parts, keys))
     shapes, _ = jax.eval_shape(weighted, first_part, state, first_key)

@@ -24,7 +24,7 @@ from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrai
 from jaxlib_methods.tasks.questions import SPLITS
 from jaxlib_methods.thought_prompts import Asked
 from jaxlib_methods.train import state as train_state
-from jaxlib_methods.train.step import make_train_step, split_microbatches
+from jaxlib_methods.train.step import make_train_step
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
 QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
@@ -279,7 +279,7 @@ def test_the_policy_gradient_is_advantages_times_scores():
 def test_microbatches_of_unequal_padding_are_one_batch():
     found, _, _ = collected(TEXT, batch=text_batch((L, 3, L, 0)))
     whole, metrics = program(TEXT).gradient(PARAMS, found)
-    halves = split_microbatches(found, 2)
+    halves = partitioning.split_rows(found, 2)
     parts = [
         program(TEXT).gradient(PARAMS, jax.tree.map(lambda x, i=i: x[i], halves)) for i in range(2)
     ]

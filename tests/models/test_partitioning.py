@@ -368,3 +368,11 @@ def test_parameters_are_born_in_their_parts():
             full = re.escape(f"f32[{','.join(map(str, leaf.shape))}]")
             assert re.search(full, texts[0])
             assert not re.search(full, texts[1]), f"a device computes all of {leaf.shape}"
+
+
+def test_parts_take_every_nth_row_and_are_joined_again():
+    tree = {"rows": np.arange(24).reshape(8, 3), "none": np.zeros((8, 3, 0))}
+    parts = partitioning.split_rows(tree, 4)
+    assert parts["none"].shape == (4, 2, 3, 0)
+    np.testing.assert_array_equal(parts["rows"][:, :, 0] // 3, [[0, 4], [1, 5], [2, 6], [3, 7]])
+    jax.tree.map(np.testing.assert_array_equal, partitioning.join_rows(parts), tree)

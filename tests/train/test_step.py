@@ -17,12 +17,7 @@ from jaxlib_methods.models.transformer import init_params
 from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train.config import OptimizerConfig
 from jaxlib_methods.train.optimizer import make_optimizer, make_schedule
-from jaxlib_methods.train.step import (
-    loss_and_gradients,
-    make_eval_step,
-    make_train_step,
-    split_microbatches,
-)
+from jaxlib_methods.train.step import loss_and_gradients, make_eval_step, make_train_step
 
 L = 7
 MODEL = TransformerConfig(
@@ -56,7 +51,7 @@ def test_microbatches_of_unequal_padding_are_one_batch():
                 step=jnp.int32(0), key=jax.random.key(1), num_microbatches=num_microbatches,
             )  # fmt: skip
 
-        of_each, _, _ = jax.vmap(lambda part: gradients(part, 1))(split_microbatches(batch, 4))
+        of_each, _, _ = jax.vmap(lambda part: gradients(part, 1))(partitioning.split_rows(batch, 4))
         mean_of_means = jax.tree.map(lambda g: g[:3].mean(0), of_each)
         return gradients(batch, 1), gradients(batch, 4), mean_of_means
 
@@ -69,14 +64,6 @@ def test_microbatches_of_unequal_padding_are_one_batch():
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-12)
     table, wrong = (np.asarray(tree["embedding"]["table"]) for tree in (whole, mean_of_means))
     assert not np.allclose(table, wrong, rtol=1e-2)
-
-
-def test_a_microbatch_takes_every_nth_row():
-    batch = make_batch([7] * 8)._replace(inputs=jnp.arange(8 * L).reshape(8, L))
-    parts = split_microbatches(batch, 4)
-    assert parts.where.shape == (4, 2, L)
-    np.testing.assert_array_equal(parts.inputs[:, :, 0] // L, [[0, 4], [1, 5], [2, 6], [3, 7]])
-    assert split_microbatches(jnp.zeros((8, 3, 0)), 4).shape == (4, 2, 3, 0)
 
 
 def toy_loss(params, extra, batch, *, step, key):
