@@ -5,26 +5,25 @@
 
 # Dimension key: B batch, L sequence, H query heads, K key heads, C head size.
 
-from typing import NamedTuple
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.partitioning import constrain, cut_axes
+from jaxlib_methods.models.partitioning import axis_size, constrain, cut_axes
 from jaxlib_methods.pallas_kernels import dispatch
-from jaxlib_methods.pallas_kernels.attention import Keys, attention, attention_reference, visible
+from jaxlib_methods.pallas_kernels.attention import (
+    Keys,
+    Places,
+    attention,
+    attention_reference,
+    visible,
+)
 
 # Platform -> length from which training steps were measured to take no longer in tiles.
 NO_SLOWER = {"cpu": 256}
-
-
-class Places(NamedTuple):
-    """Of tokens, int32 `[B, L]`: the position in its document and the segment, 0 on padding."""
-
-    positions: jax.Array
-    segments: jax.Array
 
 
 Sight = jax.Array | Places  # which keys each query sees, bool `[B, L, M]`; or what decides it
@@ -36,7 +35,7 @@ def sight(cfg: TransformerConfig, positions: jax.Array, segments: jax.Array) -> 
     positions, segments: int32 `[B, L]`, see `visible`. `auto` logs once what it chose and why.
     """
     if _in_tiles(cfg, positions.shape[1]):
-        return Places(positions, segments)
+        return Places(positions, segments, positions, segments)
     return visible(positions, positions, segments, segments)
 
 
@@ -67,20 +66,23 @@ def attend(
     asked = cfg.attention_implementation
     assert asked != "plain"
 
-    def on_each(
-        query: jax.Array, key: jax.Array, value: jax.Array, rows: Places, columns: Places
-    ) -> jax.Array:
-        context = Keys(key, value, *columns)
-        return attention(query, context, **rows._asdict(), implementation=asked)[0]
+    def on_each(query: jax.Array, key: jax.Array, value: jax.Array, where: Places) -> jax.Array:
+        positions, segments, key_positions, key_segments = where
+        context = Keys(key, value, key_positions, key_segments)
+        return attention(
+            query, context, positions=positions, segments=segments, implementation=asked
+        )[0]
 
     batch, rows, heads, _ = cut_axes(query, "batch", "sequence", "heads", None)
     if not any((batch, rows, heads)):
-        return on_each(query, key, value, where, where)
+        return on_each(query, key, value, where)
     if heads != cut_axes(key, "batch", None, "kv_heads", None)[2]:
-        # Fewer key heads than devices: each takes copies for its own queries.
-        group = query.shape[2] // key.shape[2]
-        key, value = (jnp.repeat(x, group, axis=2) for x in (key, value))
+        # The fewest copies of key heads that as many devices as share the query heads can share.
+        num_heads = key.shape[2]
+        copies = math.lcm(num_heads, math.prod(axis_size(axis) for axis in heads)) // num_heads
+        key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
     of_queries, of_keys = PartitionSpec(batch, rows, heads), PartitionSpec(batch, None, heads)
-    in_specs = (of_queries, of_keys, of_keys, PartitionSpec(batch, rows), PartitionSpec(batch))
+    own, all_keys = PartitionSpec(batch, rows), PartitionSpec(batch)
+    in_specs = (of_queries, of_keys, of_keys, Places(own, own, all_keys, all_keys))
     mapped = jax.shard_map(on_each, in_specs=in_specs, out_specs=of_queries, check_vma=False)
-    return mapped(query, key, value, where, where)
+    return mapped(query, key, value, where)

@@ -38,6 +38,7 @@ __all__ = [
     "SHARED_SEGMENT",
     "Keys",
     "Part",
+    "Places",
     "attend_parts",
     "attention",
     "attention_reference",
