@@ -25,11 +25,11 @@ from jaxlib_methods.models import decoding, transformer
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
+from jaxlib_methods.reinforcement_state import move, watch
 from jaxlib_methods.rollouts import Rollouts, Tokens
 from jaxlib_methods.thought_prompts import Asked, Frame, ask, frame
 
 EVENLY = np.ones(len(curriculum.TIERS), np.float32) / len(curriculum.TIERS)
-SMOOTHING = 0.9  # of the running mean of the reward that the guard watches
 
 
 class Collected(NamedTuple):
@@ -310,6 +310,16 @@ def _shares(thoughts: Thoughts) -> Metrics:
     }
 
 
+def _empties(setting: Setting, tiers: jax.Array, probabilities: jax.Array) -> Metrics:
+    """Whether a tier of the text that is to be drawn from has no token in the whole batch."""
+    cfg = setting.cfg
+    if cfg.task != "text" or cfg.positions == "uniform":
+        return {}
+    empty = [(share > 0) & ~(tiers == i).any() for i, share in enumerate(probabilities)]
+    pairs = zip(curriculum.TIERS, empty, strict=True)
+    return {f"empty_{name}": (found.astype(jnp.float32), jnp.ones(())) for name, found in pairs}
+
+
 def make_collect(setting: Setting) -> Callable[..., Any]:
     """Draws places, thinks, scores: see `CollectFn`. Its state is that of `init_state`."""
     cfg = setting.cfg
@@ -317,21 +327,23 @@ def make_collect(setting: Setting) -> Callable[..., Any]:
     def collect(
         params: Any, extra: Any, batch: Any, state: Any, *, step: jax.Array, key: jax.Array
     ) -> tuple[Collected, Any, Metrics]:
-        state = _moved(cfg, state, params, step)
+        state = move(cfg, state, params, step)
         budget = budget_at(cfg, step, setting.num_steps)
+        tiers, probabilities = tiers_of(setting, extra, batch), proportions(setting, step)
         thoughts = think(
-            setting, params, batch, tiers_of(setting, extra, batch), proportions(setting, step),
-            budget, num_rollouts=cfg.rollouts, key=key,
-        )  # fmt: skip
+            setting, params, batch, tiers, probabilities, budget, num_rollouts=cfg.rollouts, key=key
+        )
         reward, metrics = score(setting, params, state.get("average"), thoughts, budget)
         valid = thoughts.valid.reshape(-1)
-        state, fall = _watched(state, losses.mean(*average(reward, valid)), step)
+        rewarded = average(reward, valid)
+        state, fall = watch(state, *rewarded, step)
         one = jnp.ones(())
         metrics |= {
-            "reward": average(reward, valid),
+            "reward": rewarded,
             "reward_fall": (fall, one),
             "budget": (budget.astype(jnp.float32), one),
             **_shares(thoughts),
+            **_empties(setting, tiers, probabilities),
         }
         advantages = jnp.where(valid[:, None], advantages_of(cfg, reward), 0)
         reference = jnp.zeros_like(thoughts.responses.log_probs)
@@ -362,12 +374,14 @@ def make_teach(setting: Setting) -> Callable[..., Any]:
     ) -> tuple[Collected, Any, Metrics]:
         budget_key, key = jax.random.split(key)
         budget = jax.random.randint(budget_key, (), cfg.least_budget, cfg.budget + 1)
+        tiers, probabilities = tiers_of(setting, extra, batch), proportions(setting, step)
         thoughts = think(
-            setting, params, batch, tiers_of(setting, extra, batch), proportions(setting, step),
-            budget, num_rollouts=1, taught=True, key=key,
+            setting, params, batch, tiers, probabilities, budget,
+            num_rollouts=1, taught=True, key=key,
         )  # fmt: skip
         responses, valid = thoughts.responses, thoughts.valid.reshape(-1)
         metrics = {"thought_length": average(responses.thought_lengths, valid)}
+        metrics |= _empties(setting, tiers, probabilities)
         weights = valid[:, None].astype(jnp.float32)
         reference = jnp.zeros_like(responses.log_probs)
         # As next tokens these targets count too: nothing else teaches them without a thought.
@@ -404,35 +418,3 @@ def _collected(
         reference=by_row(reference),
         share=jnp.broadcast_to(share, (D,)),
     )
-
-
-def init_state(setting: Setting, key: jax.Array) -> dict[str, Any]:
-    """The running mean of the reward and its best; the moving average of the parameters."""
-    state: dict[str, Any] = {"reward": jnp.zeros(()), "best": jnp.zeros(())}
-    if setting.cfg.reward == "information_gain":
-        params = transformer.init_params(setting.model, key)
-        state["average"] = jax.tree.map(jnp.zeros_like, params)  # the first step replaces it
-    return state
-
-
-def _moved(
-    cfg: ReinforcementMidtrainingConfig, state: Any, params: Any, step: jax.Array
-) -> dict[str, Any]:
-    """The moving average after the last update, phi <- tau phi + (1 - tau) theta; first theta."""
-    if "average" not in state:
-        return state
-    tau = jnp.where(step == 0, 0.0, cfg.ema_decay)
-    average = jax.tree.map(
-        lambda phi, theta: (tau * phi + (1 - tau) * theta).astype(phi.dtype),
-        state["average"],
-        params,
-    )
-    return {**state, "average": average}
-
-
-def _watched(state: Any, reward: jax.Array, step: jax.Array) -> tuple[dict[str, Any], jax.Array]:
-    """The state with the running mean of the reward, and how far that is below its best."""
-    first = step == 0
-    running = jnp.where(first, reward, SMOOTHING * state["reward"] + (1 - SMOOTHING) * reward)
-    best = jnp.where(first, running, jnp.maximum(state["best"], running))
-    return {**state, "reward": running, "best": best}, best - running

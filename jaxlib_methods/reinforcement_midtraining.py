@@ -30,7 +30,6 @@ from jaxlib_methods.reinforcement_collect import (
     Thoughts,
     average,
     budget_at,
-    init_state,
     make_collect,
     make_teach,
     matches,
@@ -40,6 +39,7 @@ from jaxlib_methods.reinforcement_collect import (
 )
 from jaxlib_methods.reinforcement_flops import train_flops
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
+from jaxlib_methods.reinforcement_state import init_state
 from jaxlib_methods.rollouts import Tokens
 from jaxlib_methods.tasks import parity, written_questions
 from jaxlib_methods.tasks.questions import SPLITS, Split
@@ -145,18 +145,34 @@ def _guesses_right(setting: Setting, params: Any, thoughts: Thoughts) -> jax.Arr
 
 
 def make_monitor(guard: float) -> Callable[[Mapping[str, float]], dict[str, str | None]]:
-    """The `Method.monitor`: `train/reward_collapsed`, RLP's failure at too large a rate."""
+    """The `Method.monitor`.
+
+    `train/reward_collapsed`: RLP's failure at too large a rate. `train/tier_empty`: some step was
+    to draw from a tier that had no token in its batch.
+    """
 
     def monitor(metrics: Mapping[str, float]) -> dict[str, str | None]:
+        found: dict[str, str | None] = {}
         fall = metrics.get("train/reward_fall")
-        if fall is None:
-            return {}
-        found = (
-            f"the reward has collapsed: its running mean is {fall:.3g} below its best, more than "
-            f"{guard:g}; begin anew with a lower optimizer.learning_rate or a higher "
-            "reinforcement_midtraining.ntp_weight"
-        )
-        return {"train/reward_collapsed": found if fall > guard else None}
+        if fall is not None:
+            collapsed = (
+                f"the reward has collapsed: its running mean is {fall:.3g} below its best, more "
+                f"than {guard:g}; begin anew with a lower optimizer.learning_rate or a higher "
+                "reinforcement_midtraining.ntp_weight"
+            )
+            found["train/reward_collapsed"] = collapsed if fall > guard else None
+        names = {f"train/empty_{name}": name for name in curriculum.TIERS}
+        shares = {name: metrics[key] for key, name in names.items() if key in metrics}
+        if shares:
+            name = max(shares, key=lambda name: shares[name])
+            empty = (
+                f"the tier {name} has no token in {shares[name]:.0%} of the batches since the last "
+                "line: what was to be drawn from it comes from the other tiers, or is left out "
+                "with positions=hard; lower reinforcement_midtraining.thresholds, leave them out "
+                "for quantiles, or raise data.batch_size"
+            )
+            found["train/tier_empty"] = empty if shares[name] > 0 else None
+        return found
 
     return monitor
 
@@ -220,14 +236,14 @@ def make(cfg: ReinforcementMidtrainingConfig, context: Context) -> Method:
         method,
         loss=make_loss(setting),
         flops_per_token=train_flops(context.model, length, cfg, prompt_length=prompt_length),
+        monitor=make_monitor(cfg.guard),
     )
     if cfg.policy == "taught":
         return dataclasses.replace(method, collect=make_teach(setting))
     return dataclasses.replace(
         method,
-        init_state=functools.partial(init_state, setting),
+        init_state=functools.partial(init_state, cfg, context.model),
         collect=make_collect(setting),
-        monitor=make_monitor(cfg.guard),
         rows_multiple=cfg.collect_parts // math.gcd(cfg.collect_parts, cfg.positions_per_row),
     )
 

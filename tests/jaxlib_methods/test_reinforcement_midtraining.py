@@ -351,6 +351,28 @@ def test_the_guard_measures_the_fall_from_the_best():
     assert monitor({"validation/loss": 1.0}) == {}
 
 
+def test_a_tier_without_a_token_is_said():
+    hard = dataclasses.replace(TEXT, positions="hard", thresholds=(0.0, 50.0, 60.0))
+    state = program(hard).state | {"reward": jnp.float32(1.0), "best": jnp.float32(1.0)}
+    found, after, metrics = collected(hard, 1, state=state)
+    empty = {name: mean(metrics[f"empty_{name}"]) for name in ("easy", "medium", "hard")}
+    assert empty == {"easy": 0, "medium": 0, "hard": 1}  # medium has none, and is not drawn from
+    assert float(metrics["reward"][1]) == largest(found.advantages) == 0
+    assert float(after["reward"]) == 1  # nothing was rewarded, which is not a reward of 0
+    drawn = dataclasses.replace(hard, positions="curriculum")
+    for cfg in (drawn, dataclasses.replace(drawn, policy="taught")):
+        _, _, metrics = collected(cfg, 1)
+        assert [mean(metrics[f"empty_{name}"]) for name in empty] == [0, 1, 1]
+        assert program(cfg).method.monitor is not None
+    assert not [name for name in collected(RLP)[2] if name.startswith("empty")]
+    monitor = rmt.make_monitor(0.5)
+    names = [f"train/empty_{name}" for name in empty]
+    assert monitor(dict.fromkeys(names, 0.0)) == {"train/tier_empty": None}
+    said = monitor(dict(zip(names, (0.0, 0.25, 0.0), strict=True)))["train/tier_empty"]
+    assert said is not None
+    assert said.startswith("the tier medium has no token in 25% of the batches")
+
+
 def test_the_divergence_is_from_the_initial_model():
     cfg = dataclasses.replace(TEXT, kl_weight=0.5, ntp_weight=0.0)
     found, _, _ = collected(cfg)
