@@ -49,11 +49,13 @@ PAPER: dict[str, dict[str, Any]] = {
     "paper_tied": {"recurrence": "tied"},
 }
 # The paper's other two tasks, with a narrower block, shorter sentences and fewer steps.
-WORDS: dict[str, dict[str, Any]] = {
-    f"{task}_{recurrence}": {"task": task, "recurrence": recurrence}
+LOGIC, KINSHIP = (
+    {
+        f"{task}_{recurrence}": {"task": task, "recurrence": recurrence}
+        for recurrence in ("gated", "tied", "untied")
+    }
     for task in ("logic", "kinship")
-    for recurrence in ("gated", "tied", "untied")
-}
+)
 # D6: what a rate ten times the paper's does to 24 steps without clipping.
 STRESS: dict[str, dict[str, Any]] = {
     "stress_gated": {},
@@ -69,7 +71,7 @@ def _small(fields: dict[str, Any]) -> Any:
 
 def _paper(fields: dict[str, Any]) -> Any:
     config = _with("depth_recurrence_reachability", fields)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=2000))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, num_steps=1000))
 
 
 def _words(fields: dict[str, Any]) -> Any:
@@ -84,8 +86,8 @@ def _words(fields: dict[str, Any]) -> Any:
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, embed_dim=64, num_heads=4, mlp_dim=128),
-        data=dataclasses.replace(config.data, batch_size=64),
-        train=dataclasses.replace(config.train, num_steps=3000),
+        data=dataclasses.replace(config.data, batch_size=32),
+        train=dataclasses.replace(config.train, num_steps=1500),
         optimizer=dataclasses.replace(config.optimizer, learning_rate=1e-3),
     )
 
@@ -121,7 +123,8 @@ def _with(preset: str, fields: dict[str, Any]) -> Any:
 TABLES = {
     "small": (SMALL, _small),
     "paper": (PAPER, _paper),
-    "words": (WORDS, _words),
+    "logic": (LOGIC, _words),
+    "kinship": (KINSHIP, _words),
     "stress": (STRESS, _stress),
 }
 
@@ -171,27 +174,29 @@ def spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def first_above(folder: pathlib.Path, loss: float, num_steps: int) -> str:
-    """The step of a run's first training loss above `loss`, or that there is none."""
+def stress_outcome(folder: pathlib.Path, num_steps: int) -> str:
+    """The step of a run's first training loss above `DIVERGED`, if any; its last accuracy."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-    above = [step for step, value in losses.items() if value > loss]
-    if above:
-        return str(above[0])
+    above = [step for step, value in losses.items() if value > DIVERGED]
     last = max(losses, default=0)
-    return "never" if last == num_steps else f"not finite at {last + 1}"
+    if last < num_steps:
+        return f"not finite at {last + 1}"
+    key = "validation/accuracy"
+    accuracy = [line[key] for line in lines if key in line][-1]
+    return f"{above[0] if above else 'never'}, {accuracy:.3f}"
 
 
 def show_stress(root: pathlib.Path) -> None:
-    """Steps of each arm to the first loss that says that it has diverged."""
-    print(f"\n### stress: steps to the first training loss above {DIVERGED}\n")
+    """Steps of each arm to the first loss that says that it has diverged, and where it ended."""
+    print(f"\n### stress: first step with a training loss above {DIVERGED}, last accuracy\n")
     print(f"| arm | {' | '.join(f'seed {seed}' for seed in SEEDS)} |")
     print("|" + "---|" * (len(SEEDS) + 1))
     for name, fields in STRESS.items():
         folders = [root / name / f"seed{seed}" for seed in SEEDS]
         steps = _stress(fields).train.num_steps
         cells = [
-            first_above(folder, DIVERGED, steps) if (folder / "metrics.jsonl").exists() else "-"
+            stress_outcome(folder, steps) if (folder / "metrics.jsonl").exists() else "-"
             for folder in folders
         ]
         print(f"| {name} | {' | '.join(cells)} |")
