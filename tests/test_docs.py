@@ -6,8 +6,11 @@ import importlib
 import re
 import shlex
 import subprocess
+import textwrap
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from absl import flags
@@ -83,10 +86,12 @@ def test_links_lead_somewhere(root: Path, document: str) -> None:
 
 
 def commands(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(train or infer, flags) of every command of this library in the documents' shell blocks."""
+    """(train or infer, flags) of every command of this library that the documents run."""
     for document in DOCUMENTS:
         for language, block in blocks((root / document).read_text(encoding="utf-8")):
-            for line in block.replace("\\\n", " ").splitlines() if language == "bash" else ():
+            if language not in ("bash", "yaml"):
+                continue
+            for line in block.replace("\\\n", " ").splitlines():
                 for found in re.finditer(r"-m jaxlib_methods\.(\w+)([^&|;]*)", line):
                     words = shlex.split(found[2].rstrip('" '), comments=True)
                     yield found[1], words
@@ -107,6 +112,53 @@ def test_documented_commands_have_flags_that_exist(root: Path) -> None:
         )
         assert config.workdir
     assert seen == {"train", "infer"}
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> Callable[[str], tuple[int, list[str]]]:
+    """Runs a shell script, in which only stand-ins can be called, and sends it SIGTERM.
+
+    Gives its exit status and what the stand-ins said: a run saves and ends with 0 when it is told.
+    """
+    said, folder = tmp_path / "said", tmp_path / "bin"
+    folder.mkdir()
+    saying = f'say() {{ echo "$*" >> {said}; }}'
+    running = f"""trap 'say saved; exit 0' TERM; echo $$ > {tmp_path}/run; say running
+        while :; do sleep 0.05; done"""
+    stand_ins = {
+        "python": running,
+        "srun": running,
+        "scancel": f"kill $(cat {tmp_path}/run)",
+        "scontrol": 'say "$*"',
+    }
+    for name, script in stand_ins.items():
+        (folder / name).write_text(f"#!/bin/bash\n{saying}\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    def run(script: str) -> tuple[int, list[str]]:
+        environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
+        process = subprocess.Popen(["bash", "-c", script], env=environment)
+        while not said.exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.terminate()
+        return process.wait(timeout=30), said.read_text().splitlines()
+
+    return run
+
+
+def test_slurm_queues_a_run_again_that_has_saved(root: Path, interrupted: Any) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    [script] = [block for _, block in blocks(text) if "#SBATCH" in block]
+    _, said = interrupted(script)
+    assert said == ["running", "saved", "requeue 7"]
+
+
+def test_a_pod_that_has_saved_does_not_count_as_done(root: Path, interrupted: Any) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    [manifest] = [block for language, block in blocks(text) if language == "yaml"]
+    status, said = interrupted(textwrap.dedent(manifest.partition("- |\n")[2]))
+    assert (status, said) == (143, ["running", "saved"])
 
 
 def test_readme_examples_run(root: Path, python: Python) -> None:
