@@ -14,8 +14,14 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 
+from jaxlib_methods.pallas_kernels import linear_cross_entropy_gpu as gpu
 from jaxlib_methods.pallas_kernels import linear_cross_entropy_tpu as tpu
-from jaxlib_methods.pallas_kernels.dispatch import Implementation, choose, with_tangents_of
+from jaxlib_methods.pallas_kernels.dispatch import (
+    Implementation,
+    choose,
+    platform,
+    with_tangents_of,
+)
 from jaxlib_methods.pallas_kernels.linear_cross_entropy_tpu import MASKED_SCORE, NO_CLASS
 
 TILE = 1024  # classes whose logits exist at once
@@ -84,7 +90,8 @@ def linear_cross_entropy(
     num_classes: how many rows of weight are classes; the others pad the vocabulary. scale: a
     scalar without a gradient, such as 1 / temperature. axis_name: inside `jax.shard_map`, the mesh
     axis along which the rows of weight are cut; statistics of the tokens are all that crosses it.
-    See `dispatch` for the implementations.
+    `pallas` has kernels for TPUs and, of hidden in bfloat16 or float16, for Hopper GPUs; both
+    compile and neither was run on its device, so `auto` is `xla`. See `dispatch`.
 
     >>> import jax.numpy as jnp
     >>> out = linear_cross_entropy(jnp.ones((2, 3)), jnp.zeros((4, 3)), jnp.array([0, 3]))
@@ -92,7 +99,14 @@ def linear_cross_entropy(
     (True, True)
     """
     _check(hidden, weight, labels)
-    chosen = choose("linear_cross_entropy", implementation, unsupported=tpu.why_not(hidden, weight))
+    kernel = "gpu" if platform() == "gpu" else "tpu"
+    chosen = choose(
+        "linear_cross_entropy",
+        implementation,
+        unsupported=gpu.why_not(hidden) if kernel == "gpu" else tpu.why_not(hidden, weight),
+        kernels=("gpu", "tpu"),
+    )
+    loop = kernel if chosen == "pallas" else chosen
     if where is not None:
         hidden = jnp.where(where[..., None], hidden, jnp.zeros((), hidden.dtype))
     first, num_columns = 0, weight.shape[0]
@@ -103,12 +117,12 @@ def linear_cross_entropy(
     columns = jnp.where(columns < (num_classes or num_columns), columns, NO_CLASS)
     # Made here, with their padding: where a function with a custom derivative makes an array of
     # nothing, JAX 0.10 to 0.12 may mistake it for what another one, around it, saved in a scan.
-    if chosen == "xla":
+    if loop == "xla":
         weight, columns = _tiles(weight, columns)
     else:
         columns = tpu.whole_blocks(columns)
     arrays = _vary_alike(hidden, weight, columns, labels, _wide(scale, hidden))
-    part = cast(Part, _statistics(*arrays, chosen))
+    part = cast(Part, _statistics(*arrays, loop))
     if axis_name is not None:
         part = _merge(
             part,
@@ -175,9 +189,9 @@ def _statistics(
     columns: jax.Array,
     labels: jax.Array,
     scale: jax.Array,
-    implementation: str,
+    loop: str,
 ) -> Part:
-    return _FORWARD[implementation](hidden, weight, columns, labels, scale)
+    return _FORWARD[loop](hidden, weight, columns, labels, scale)
 
 
 def _statistics_forward(
@@ -186,16 +200,16 @@ def _statistics_forward(
     columns: jax.Array,
     labels: jax.Array,
     scale: jax.Array,
-    implementation: str,
+    loop: str,
 ) -> tuple[Part, tuple[Any, ...]]:
-    part = _FORWARD[implementation](hidden, weight, columns, labels, scale)
+    part = _FORWARD[loop](hidden, weight, columns, labels, scale)
     return part, (hidden, weight, columns, labels, scale, part)
 
 
 def _statistics_backward(
-    implementation: str, saved: tuple[Any, ...], slopes: Part
+    loop: str, saved: tuple[Any, ...], slopes: Part
 ) -> tuple[jax.Array | None, ...]:
-    return (*_BACKWARD[implementation](*saved, slopes), None, None, None)
+    return (*_BACKWARD[loop](*saved, slopes), None, None, None)
 
 
 _statistics.defvjp(_statistics_forward, _statistics_backward)
@@ -285,7 +299,11 @@ def _xla_statistics(
 ) -> Part:
     """Of weight `[T, V / T, D]` and columns `[T, V / T]`, like all that follows."""
     body = jax.checkpoint(_tile_statistics, prevent_cse=False)
-    parts = jax.lax.map(lambda tile: body(hidden, *tile, labels, scale), (weight, columns))
+    return _join(jax.lax.map(lambda tile: body(hidden, *tile, labels, scale), (weight, columns)))
+
+
+def _join(parts: Part) -> Part:
+    """Parts of the vocabulary, along the first axis, as one."""
     total = functools.partial(jnp.sum, axis=0, keepdims=True)
     part = _merge(
         parts,
@@ -335,9 +353,11 @@ def _plain_gradients(
 
 _FORWARD = {
     "xla": _xla_statistics,
-    "pallas": with_tangents_of(_plain_statistics, lambda *x: Part(*tpu.statistics(*x))),
+    "tpu": with_tangents_of(_plain_statistics, lambda *x: Part(*tpu.statistics(*x))),
+    "gpu": with_tangents_of(_plain_statistics, lambda *x: _join(Part(*gpu.statistics(*x)))),
 }
 _BACKWARD = {
     "xla": _xla_gradients,
-    "pallas": with_tangents_of(_plain_gradients, tpu.gradients),
+    "tpu": with_tangents_of(_plain_gradients, tpu.gradients),
+    "gpu": with_tangents_of(_plain_gradients, gpu.gradients),
 }

@@ -11,9 +11,10 @@ from jax.experimental import topologies
 
 from jaxlib_methods.pallas_kernels.dispatch import lowering_for
 
+PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 NEEDS = (
-    "jax-cuda12-plugin jax-cuda12-pjrt (of jax's version) nvidia-cuda-runtime-cu12 "
-    "nvidia-cuda-nvcc-cu12"
+    "jax-cuda13-plugin jax-cuda13-pjrt (of jax's version) nvidia-cuda-runtime nvidia-cuda-nvcc "
+    "nvidia-nvvm, or those of CUDA 12"
 )
 
 # Of NVIDIA's data sheet and CUDA's table of compute capabilities.
@@ -68,7 +69,7 @@ def spills_on_h200(
     lower_for_h200: Lower, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Spills:
     """Compiles a function for an H200; of each kernel: registers and bytes spilled to memory."""
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+    if not any(map(importlib.util.find_spec, PLUGINS)):
         pytest.skip(f"no compiler for GPUs is installed; pip install {NEEDS}")
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
 

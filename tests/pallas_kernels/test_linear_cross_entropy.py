@@ -1,9 +1,10 @@
 """Linear cross-entropy: by hand, against float64 to second order, deletion, shards, memory."""
 
+import contextlib
 import functools
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxlib_methods import losses
 from jaxlib_methods.pallas_kernels import dispatch
 from jaxlib_methods.pallas_kernels import linear_cross_entropy as module
+from jaxlib_methods.pallas_kernels import linear_cross_entropy_gpu as gpu
 from jaxlib_methods.pallas_kernels import linear_cross_entropy_tpu as tpu
 from jaxlib_methods.pallas_kernels.linear_cross_entropy import (
     TokenStatistics,
@@ -45,10 +47,29 @@ SCALES = RNG.normal(size=(3, N))  # makes every token and statistic matter on it
 OPTIONS: dict[str, Any] = {"where": jnp.asarray(WHERE), "num_classes": CLASSES}
 Op = Callable[..., TokenStatistics]
 
+interpretable = pytest.mark.skipif(
+    dispatch.gpu_interpreter() is None, reason="JAX interprets kernels for GPUs from 0.11 on"
+)
+LOOPS = ["xla", "tpu", pytest.param("gpu", marks=interpretable)]
+# float32: sums of 24 and 277 terms, each rounded by 6e-8. bfloat16: the sums are as wide; rounded
+# by 2^-9, of float16 by 2^-11, are the slopes of the logits, the results, and their derivatives
+# once more.
+BOUNDS = {"float32": (1e-5, 1e-5), "bfloat16": (2**-7, 2**-6), "float16": (2**-9, 2**-8)}
+
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch):
     monkeypatch.setattr(module, "TILE", 128)
+    monkeypatch.setattr(gpu, "WALK", 2)
+    monkeypatch.setattr(gpu, "CLASSES", 128)
+
+
+@contextlib.contextmanager
+def running(loop: str) -> Iterator[Op]:
+    """The op in plain JAX or by the kernels of a platform, interpreted."""
+    xla = loop == "xla"
+    with dispatch.interpreted(), dispatch.lowering_for("cpu" if xla else loop):
+        yield functools.partial(linear_cross_entropy, implementation="xla" if xla else "pallas")
 
 
 def total(found: TokenStatistics) -> jax.Array:
@@ -80,7 +101,7 @@ def derivatives(op: Op, dtype: Any) -> dict[str, Any]:
             "vjp of vjp": jax.grad(along, argnums=(0, 1))(hidden, weight),
         }
 
-    with jax.default_matmul_precision("highest"), dispatch.interpreted():
+    with jax.default_matmul_precision("highest"):
         return jax.jit(program)(hidden, weight, SCALE)
 
 
@@ -94,17 +115,19 @@ def distance(got: Any, want: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
 
 
-# float32: sums of 24 and 277 terms, each rounded by 6e-8. bfloat16: the sums are as wide; rounded
-# by 2^-9 are the slopes of the logits, the results, and their derivatives once more.
 @pytest.mark.parametrize(
-    ("dtype", "first", "second"), [(jnp.float32, 1e-5, 1e-5), (jnp.bfloat16, 2**-7, 2**-6)]
+    ("loop", "dtype"),
+    [
+        *(("xla", dtype) for dtype in ("float32", "bfloat16")),
+        *(("tpu", dtype) for dtype in ("float32", "bfloat16")),
+        *(pytest.param("gpu", dtype, marks=interpretable) for dtype in ("bfloat16", "float16")),
+    ],
 )
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_agrees_with_the_reference_to_second_order(
-    implementation, dtype, first, second, want, monkeypatch
-):
+def test_agrees_with_the_reference_to_second_order(loop, dtype, want, monkeypatch):
     monkeypatch.setattr(tpu, "BLOCKS", {8192: 8})  # several of tokens and of the vocabulary
-    got = derivatives(functools.partial(linear_cross_entropy, implementation=implementation), dtype)
+    first, second = BOUNDS[dtype]
+    with running(loop) as op:
+        got = derivatives(op, dtype)
     for x, y in zip(got.pop("output"), want["output"], strict=True):
         assert x.dtype == jnp.float32
         assert distance(x, y) < 1e-5
@@ -134,15 +157,15 @@ def test_by_hand():
         np.testing.assert_allclose(found.logsumexp, [math.log(10.0)] * 2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_at_any_temperature_only_classes_are_likely(implementation):
-    hidden, weight = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(WEIGHT, jnp.float32)
-    op = functools.partial(linear_cross_entropy, implementation=implementation, **OPTIONS)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_at_any_temperature_only_classes_are_likely(loop):
+    dtype = "bfloat16" if loop == "gpu" else "float32"
+    hidden, weight = jnp.asarray(HIDDEN, dtype), jnp.asarray(WEIGHT, dtype)
+    with running(loop) as op:
 
-    def entropy(scale: jax.Array) -> jax.Array:
-        return op(hidden, weight, jnp.asarray(LABELS), scale=scale).entropy
+        def entropy(scale: jax.Array) -> jax.Array:
+            return op(hidden, weight, jnp.asarray(LABELS), scale=scale, **OPTIONS).entropy
 
-    with dispatch.interpreted():
         found = jax.jit(entropy)(1e-30)
         slope = jax.jacrev(entropy)(1.0)
     np.testing.assert_allclose(found[WHERE], math.log(CLASSES), rtol=1e-5)
@@ -163,8 +186,8 @@ def test_says_what_the_losses_say():
     assert not found.logsumexp[~where].any()
 
 
-@pytest.mark.parametrize("implementation", ["xla", "pallas"])
-def test_a_large_common_offset_of_the_logits_is_harmless(implementation):
+@pytest.mark.parametrize("loop", ["xla", "tpu"])
+def test_a_large_common_offset_of_the_logits_is_harmless(loop):
     # A part common to the rows of all classes: logits near 300, rounded by 300 * 2^-24 = 2e-5.
     # Probabilities whose sum is off by as much would be multiplied by the common part.
     hidden, weight, labels = HIDDEN[WHERE], WEIGHT + 10.0, jnp.asarray(LABELS[WHERE])
@@ -175,12 +198,12 @@ def test_a_large_common_offset_of_the_logits_is_harmless(implementation):
             found = op(*x, labels, num_classes=CLASSES)
             return found.nll.mean() + found.entropy.mean() / 2
 
-        with jax.default_matmul_precision("highest"), dispatch.interpreted():
+        with jax.default_matmul_precision("highest"):
             x = jnp.asarray(hidden, dtype), jnp.asarray(weight, dtype)
             return jax.jit(jax.grad(mean, argnums=(0, 1)))(*x)
 
-    op = functools.partial(linear_cross_entropy, implementation=implementation)
-    got = slopes(op, jnp.float32)
+    with running(loop) as op:
+        got = slopes(op, jnp.float32)
     with jax.enable_x64(True):
         exact = slopes(linear_cross_entropy_reference, jnp.float64)
     for x, y in zip(got, exact, strict=True):
@@ -246,13 +269,13 @@ def test_derivatives_inside_another_custom_derivative_in_a_scan():
             )
             return total
 
-        with dispatch.interpreted():
-            return jax.jit(jax.grad(lambda x: (jax.grad(scanned)(x) ** 2).sum()))(rows)
+        return jax.jit(jax.grad(lambda x: (jax.grad(scanned)(x) ** 2).sum()))(rows)
 
     expected = twice(linear_cross_entropy_reference, custom=False)
-    for implementation in ("xla", "pallas"):
-        op = functools.partial(linear_cross_entropy, implementation=implementation)
-        assert distance(twice(op, custom=True), np.asarray(expected, np.float64)) < 1e-4
+    for loop in ("xla", "tpu"):  # JAX differentiates no checkpoint of kernels that it interprets
+        with running(loop) as op:
+            got = twice(op, custom=True)
+        assert distance(got, np.asarray(expected, np.float64)) < 1e-4
 
 
 def test_no_array_of_tokens_times_vocabulary(monkeypatch):
