@@ -49,7 +49,7 @@ def measure(
                 yield np.asarray(waiting.pop(0))
             now = time.perf_counter()
             if now - said > LINE_EVERY:
-                said, done = now, begin + batch_size
+                said, done = now, min(begin + batch_size, total)
                 rate = done * dataset.sequence_length / (now - begun)
                 print(
                     f"{label}: {done:,} of {total:,} examples, {rate:,.0f} tokens/s",

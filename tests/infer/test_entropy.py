@@ -53,6 +53,23 @@ def test_entropies_by_numpy_whatever_the_batch_and_mesh(
     np.testing.assert_allclose(measured(restored, dataset, top_k=3), three, rtol=1e-4)
 
 
+def test_progress_is_shown(
+    restored: Restored, cfg: DataConfig, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    dataset = data.open_dataset(cfg, restored.tokenizer, split="train", in_order=True)
+    total = dataset.num_examples
+    measured(restored, dataset, label="train")
+    assert not capsys.readouterr().err  # it took less than `LINE_EVERY`
+    monkeypatch.setattr(entropy, "LINE_EVERY", 0.0)
+    measured(restored, dataset, label="train")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" examples, ")[0] for line in lines] == [
+        f"train: {min(done, total)} of {total}" for done in range(8, total + 8, 8)
+    ]
+    assert all(line.endswith(" tokens/s") for line in lines)
+
+
 def test_the_file_belongs_to_the_corpus(
     restored: Restored, cfg: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
