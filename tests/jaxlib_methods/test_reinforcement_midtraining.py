@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -314,6 +315,33 @@ def test_the_baseline_follows_the_model():
     assert mean(metrics["reward"]) == pytest.approx(gain, abs=1e-5)
 
 
+def test_the_baseline_is_not_trained():
+    """phi has no state of the optimiser, and no gradient, even where it makes the advantages."""
+    cfg = dataclasses.replace(RLP, advantage="absolute")
+    run, optimizer = program(cfg), optax.adam(0.1)
+    mesh = partitioning.make_mesh(devices=jax.devices()[:1])
+    abstract = train_state.abstract_state(run.method, optimizer, mesh)
+    number = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract.method_state["average"])) == number
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract.opt_state)) == 2 * number + 1
+
+    def total(average: Any) -> Any:
+        collect: Any = run.method.collect
+        found, _, metrics = collect(
+            PARAMS, run.extra, text_batch(), run.state | {"average": average},
+            step=jnp.int32(1), key=KEY,
+        )  # fmt: skip
+        scalar, _ = run.method.loss(PARAMS, run.extra, found, step=jnp.int32(1), key=KEY)
+        return scalar + metrics["reward"][0], metrics["reward"]
+
+    of_average = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)
+    (gradient, one), (_, other) = map(
+        of_average, (PARAMS, jax.tree.map(lambda leaf: 1.5 * leaf, PARAMS))
+    )
+    assert largest(gradient) == 0
+    assert abs(mean(one) - mean(other)) > 1e-3  # and yet it is read
+
+
 def test_the_baseline_cancels_within_a_group():
     run = program(RLP)
     found, state, metrics = collected(RLP)
@@ -478,8 +506,13 @@ def after_a_step(cfg: ReinforcementMidtrainingConfig, form: Any, **axes: int) ->
         )
         rows = jax.sharding.NamedSharding(mesh, partitioning.batch_spec())
         batch = jax.device_put(text_batch(), rows)
-        extra = jax.device_put(method.init(KEY), jax.sharding.NamedSharding(mesh, jax.P()))
-        state, metrics = step(state, extra, batch, KEY)
+        whole = jax.sharding.NamedSharding(mesh, jax.P())
+        extra, key = jax.device_put((method.init(KEY), KEY), whole)
+        compiled: Any = step.lower(state, extra, batch, key).compile()  # pyright: ignore
+        with jax.transfer_guard("disallow"):  # nothing comes from the host
+            state, metrics = compiled(state, extra, batch, key)
+        # and nothing goes to it.
+        assert not re.findall("callback|outfeed|infeed|host", compiled.as_text())
         return jax.device_get((state.params, metrics))
 
 

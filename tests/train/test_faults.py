@@ -19,7 +19,7 @@ import pytest
 
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.huggingface import config_to_huggingface
-from jaxlib_methods.train import checkpoint, flags, loop
+from jaxlib_methods.train import checkpoint, entropies, flags, loop
 
 NO_DEVICE = {"jax_platforms": "none_such"}  # whoever touches a device fails otherwise
 KILLS = 20
@@ -143,6 +143,12 @@ def make_inputs(folder: Path) -> None:
     newer.mkdir()
     record = {"format": 99, "run": {}, "tokenizer": "", "corpus": ""}
     (newer / "config.json").write_text(json.dumps(record))
+    (folder / "unanswered.jsonl").write_text('{"question": "1+1="}')
+    foreign = entropies.Provenance(
+        model="m", tokenizer="bytes", train="others", validation="others", sequence_length=16,
+        num_train=1, num_validation=1, top_k=None,
+    )  # fmt: skip
+    entropies.write(str(folder / "foreign.array_record"), foreign, [np.zeros((2, 16))])
 
 
 LET = "--method=late_to_early"
@@ -177,6 +183,22 @@ WRONG: list[tuple[str, list[str], str, bool]] = [
         "tiers in no order",
         [MIDTRAINING, "--reinforcement_midtraining.thresholds=1,0.5,2"],
         "must be three rising numbers",
+        False,
+    ),
+    (
+        "entropies of another text",
+        [MIDTRAINING, "--reinforcement_midtraining.entropy={bad}/foreign.array_record"],
+        "foreign.array_record belong to another corpus: the training text is others there",
+        False,
+    ),
+    (
+        "a question without its answer",
+        [
+            MIDTRAINING,
+            "--reinforcement_midtraining.task=questions",
+            "--reinforcement_midtraining.questions={bad}/unanswered.jsonl",
+        ],
+        "unanswered.jsonl:1 has no text in field 'answer'",
         False,
     ),
     ("no teacher", [LET], "late_to_early.teacher", False),
