@@ -232,8 +232,10 @@ def test_a_mesh_changes_no_rollout():
         without_logits = dataclasses.replace(ROTARY, loss_implementation="xla")
         again = score(without_logits, params, *args, together, temperature=1.3)
         retargeted = score_targets(without_logits, params, *args, together, target)
+        scoring = score_targets.trace(without_logits, params, *args, together, target).jaxpr
     for name, x, y in zip(alone._fields, alone, together, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5, err_msg=name)
     np.testing.assert_allclose(again, scores, atol=1e-5)
     np.testing.assert_allclose(retargeted, targets, atol=1e-5)
     assert again.addressable_shards[0].data.shape[0] == 2
+    assert "(('data', 'fsdp'), 'sequence')" in str(scoring)  # tokens, after padding
