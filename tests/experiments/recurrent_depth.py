@@ -35,8 +35,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "plain_flops": {
         "recurrence": 0, "backprop_steps": None, "kernel_init": "scaled", "num_layers": 13,
     },
-    "add": {"injection": "add"},
-    "pre_norm": {"block": "pre_norm"},
 }  # fmt: skip
 RECURRENT = [name for name, fields in ARMS.items() if "recurrence" not in fields]
 PROMPTS, NEW_TOKENS = 8, 40
