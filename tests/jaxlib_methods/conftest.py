@@ -15,8 +15,6 @@ from jaxlib_methods.depth_sampling import Draws
 from jaxlib_methods.models import decoding, recurrent_depth
 from jaxlib_methods.models.config import TransformerConfig
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 
 class Contraction(NamedTuple):
     """cfg, params: of the model. prompts, lengths: two rows, `[2, 5]` and `[2]`, left-padded."""
@@ -59,7 +57,7 @@ def contraction() -> Contraction:
     )
 
 
-@functools.partial(jax.jit, static_argnames="max_new_tokens", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="max_new_tokens")
 def _continue(
     model: RecurrentModel,
     params: Any,

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ from jaxlib_methods.depth_language import RecurrentModel
 from jaxlib_methods.depth_sampling import Draws, make_draws
 from jaxlib_methods.models.decoding import SamplingConfig
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NEW = 6
 SAMPLINGS = {"greedy": SamplingConfig(temperature=0), "warm": SamplingConfig(temperature=1.0)}
 DEPTH = DepthConfig(
@@ -26,14 +24,14 @@ DEPTH = DepthConfig(
 )
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def start(
     model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array
 ) -> ContinuousState:
     return continuous.start(model, params, tokens, lengths, max_new_tokens=NEW)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def advance(
     model: RecurrentModel, params: Any, state: ContinuousState, draws: Draws, num_rounds: int
 ) -> ContinuousState:

@@ -20,8 +20,6 @@ from jaxlib_methods.depth_sampling import make_draws
 from jaxlib_methods.models import decoding, recurrent_depth
 from jaxlib_methods.models.decoding import SamplingConfig, Stream
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
 CHANGES = {
     "num_steps": [1, 40],
     "exit": ["kl", "latent", "entropy", "argmax"],
@@ -43,22 +41,22 @@ CHANGES = {
 }
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def think(model: RecurrentModel, params: Any, inputs: jax.Array, **arguments: Any) -> Thought:
     return think_steps(model, params, inputs, **arguments)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def call(model: RecurrentModel, params: Any, inputs: jax.Array, **arguments: Any) -> Any:
     return model(params, inputs, **arguments)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="cfg")
 def read(cfg: Any, params: Any, inputs: jax.Array, **arguments: Any) -> Any:
     return recurrent_depth.read(cfg, params, inputs, **arguments)
 
 
-@functools.partial(jax.jit, static_argnames="cfg", compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames="cfg")
 def step_by_hand(cfg: Any, params: Any, state: jax.Array, reading: Any, cache: Any, i: Any) -> Any:
     state, cache = recurrent_depth.iterate(cfg, params, state, reading, cache=cache, step=i)
     logits, _, cache = recurrent_depth.predict(cfg, params, state, reading, cache=cache)
@@ -337,7 +335,7 @@ def test_prompts_end_early_only_where_they_may(contraction: Any):
     assert (np.asarray(cache.tokens.steps)[:, :5] == 1).all()
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def read_and_decode(model: RecurrentModel, params: Any, done: jax.Array) -> tuple[Any, Any]:
     cache: Any = model.init_cache(None, batch_size=2, length=2)
     two = jnp.full((2,), 2)

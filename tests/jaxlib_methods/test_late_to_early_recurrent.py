@@ -42,7 +42,6 @@ BATCH = Batch(
     where=(SEGMENTS > 0).at[0, 3].set(False),
 )
 ALIGN = LateToEarlyConfig(teacher="small", weight=0.5, stop_step=STOP)
-QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
 
 
 @functools.cache
@@ -75,7 +74,7 @@ def compiled(cfg: LateToEarlyConfig, *, gradient: bool = True) -> Any:
         return loss(params, {"teacher": PARAMS[PLAIN]}, BATCH, step=step, key=key)
 
     run = jax.value_and_grad(total, has_aux=True) if gradient else total
-    return jax.jit(run, compiler_options=QUICK)
+    return jax.jit(run)
 
 
 def of_alignment(cfg: LateToEarlyConfig, num_steps: int) -> Any:
@@ -123,7 +122,7 @@ def cosine(student: jax.Array, teacher: jax.Array) -> np.ndarray:
 PLACES: Any = {"positions": BATCH.positions, "segments": BATCH.segments}
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def states(cfg: TransformerConfig, num_steps: Any, key: Any) -> Any:
     """The last state, and the last hidden layer of all."""
     key = jax.random.split(key)[1]
@@ -170,7 +169,7 @@ def test_a_recurrent_teacher_takes_its_usual_number_of_iterations():
     def total(params: Any, key: Any) -> Any:
         return loss(params, extra, BATCH, step=jnp.int32(0), key=key)
 
-    run = jax.jit(total, compiler_options=QUICK)
+    run = jax.jit(total)
     student = jax.jit(
         lambda p: transformer.forward(PLAIN, p, INPUTS, hidden_layer=1, **PLACES).hidden
     )(PARAMS[PLAIN])  # fmt: skip
@@ -200,7 +199,6 @@ def test_evaluation_takes_the_usual_number_of_iterations():
         lambda p, key: loss(
             p, {"teacher": PARAMS[PLAIN]}, BATCH, step=jnp.int32(0), key=key
         ),
-        compiler_options=QUICK,
     )  # fmt: skip
     key = key_of(1)  # which training would take
     want = cosine(states(STUDENT, np.int32(4), key)[0], hidden_of_teacher())

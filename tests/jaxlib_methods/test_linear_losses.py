@@ -34,7 +34,6 @@ RECURRENT = dataclasses.replace(PLAIN, num_layers=3, recurrence=2, tie_embedding
 TEACHER = dataclasses.replace(PLAIN, embed_dim=8, tie_embeddings=True)
 B, L = 4, 8
 # Time goes into compilation.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +58,7 @@ def make_batch(cfg: TransformerConfig = PLAIN) -> Batch:
 
 
 def compiled(fn: Any, *arguments: Any) -> Any:
-    return jax.jit(fn).lower(*arguments).compile(compiler_options=QUICK)
+    return jax.jit(fn).lower(*arguments).compile()
 
 
 def run(loss: Any, params: Any, extra: Any = (), *, gradient: bool = True) -> Any:

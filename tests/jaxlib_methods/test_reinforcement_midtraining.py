@@ -28,7 +28,6 @@ from jaxlib_methods.train import state as train_state
 from jaxlib_methods.train.step import make_train_step
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
-QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
 D, L, G, T = 4, 12, 3, 5
 MODEL = TransformerConfig(
     vocab_size=256, num_layers=1, embed_dim=16, num_heads=2, mlp_dim=16, max_length=64,
@@ -85,12 +84,12 @@ def program(cfg: ReinforcementMidtrainingConfig, **model: Any) -> Program:
     if method.init_state is not None:
         state = partitioning.unbox(method.init_state(KEY))
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def collect(params: Any, batch: Any, state: Any, step: Any, key: Any) -> Any:
         assert method.collect is not None
         return method.collect(params, extra, batch, state, step=step, key=key)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(params: Any, collected: Any) -> Any:
         loss = functools.partial(method.loss, step=jnp.int32(0), key=KEY)
         return jax.grad(lambda params: loss(params, extra, collected), has_aux=True)(params)
@@ -334,7 +333,7 @@ def test_the_baseline_is_not_trained():
         scalar, _ = run.method.loss(PARAMS, run.extra, found, step=jnp.int32(1), key=KEY)
         return scalar + metrics["reward"][0], metrics["reward"]
 
-    of_average = jax.jit(jax.grad(total, has_aux=True), compiler_options=QUICK)
+    of_average = jax.jit(jax.grad(total, has_aux=True))
     (gradient, one), (_, other) = map(
         of_average, (PARAMS, jax.tree.map(lambda leaf: 1.5 * leaf, PARAMS))
     )
@@ -452,7 +451,6 @@ def test_validation(cfg: ReinforcementMidtrainingConfig, monkeypatch: pytest.Mon
     monkeypatch.setattr(rmt, "score", watched)
     both = jax.jit(
         lambda params: (evaluate(params, run.extra, batch)[1], tuple(scored)),
-        compiler_options=QUICK,
     )
     found, (thoughts, *others) = both(PARAMS)
     loss = next_token.make_loss(MODEL)
@@ -551,7 +549,7 @@ def test_the_loss_without_logits_takes_less_memory():
         method = rmt.make(TEXT, context(model=model))
         loss = functools.partial(method.loss, step=jnp.int32(0), key=KEY)
         params = jax.eval_shape(lambda: partitioning.unbox(init_params(model, KEY)))  # noqa: B023
-        gradient = jax.jit(jax.grad(loss, has_aux=True), compiler_options=QUICK)
+        gradient = jax.jit(jax.grad(loss, has_aux=True))
         stats: Any = gradient.lower(params, (), found).compile().memory_analysis()
         needed[form] = stats.temp_size_in_bytes
     logits = 2 * D * G * (TEXT.response_slots + 1) * 50304 * 4
@@ -570,7 +568,7 @@ def test_parity_is_a_task_of_its_own():
     batch = jax.tree.map(jnp.asarray, rows)
     state = partitioning.unbox(method.init_state(KEY))  # pyright: ignore[reportOptionalCall]
     collect: Any = functools.partial(method.collect, step=jnp.int32(0), key=KEY)  # pyright: ignore
-    found, _, metrics = jax.jit(collect, compiler_options=QUICK)(PARAMS, (), batch, state)
+    found, _, metrics = jax.jit(collect)(PARAMS, (), batch, state)
     left_out = np.asarray(batch.where & ~found.text.where)
     np.testing.assert_array_equal(left_out, np.asarray(rows.tier) == 1)
     assert mean(metrics["share_medium"]) == 1
@@ -594,7 +592,7 @@ def test_questions_are_asked_whole_and_their_answers_left_out(tmp_path: Path):
     batch = jax.tree.map(jnp.asarray, asked["train"].rows(range(D)))
     state = partitioning.unbox(method.init_state(KEY))  # pyright: ignore[reportOptionalCall]
     collect: Any = functools.partial(method.collect, step=jnp.int32(0), key=KEY)  # pyright: ignore
-    found, _, metrics = jax.jit(collect, compiler_options=QUICK)(PARAMS, (), batch, state)
+    found, _, metrics = jax.jit(collect)(PARAMS, (), batch, state)
     for row, prompt in enumerate(np.asarray(found.prompts[:, 0])):
         text, length = bytes(prompt.tolist()), int(found.lengths[row, 0])
         number = int(text[-length:].split(b"+")[0])

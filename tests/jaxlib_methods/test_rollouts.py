@@ -13,7 +13,6 @@ from jaxlib_methods.models import decoding
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.models.transformer import KVCache, Outputs
 
-QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
 V = 7
 PAD, CLOSE, END, THINK = 0, 1, 2, 3
 IDS = rl.Tokens(close=CLOSE, end=END, pad=PAD)
@@ -47,13 +46,13 @@ def empty_cache(rows: int, slots: int) -> KVCache:
 SIZES = ("num_rollouts", "max_thought", "max_answer", "force_close")
 
 
-@functools.partial(jax.jit, static_argnames=("apply", *SIZES), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnames=("apply", *SIZES))
 def run_script(apply: Any, table: jax.Array, lengths: jax.Array, **settings: Any) -> rl.Rollouts:
     prompts, cache = jnp.zeros((len(lengths), P), jnp.int32), empty_cache(len(lengths), P)
     return rl.roll_out(apply, table, prompts, lengths, cache=cache, **settings)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def draws(size: int, table: jax.Array, lengths: jax.Array, temperature: Any, key: Any) -> Any:
     """What each row would draw at each step, `[N, G, R]`, and its log-probability."""
     rows = (len(lengths), len(table) // len(lengths), size)
@@ -278,7 +277,7 @@ def test_what_was_not_sampled_may_be_nan():
         assert (inputs.shape, num_logits) == ((2, P + 5), 6)
         return Outputs(table, None, None)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     @jax.value_and_grad
     def total(table: jax.Array) -> jax.Array:
         prompts = jnp.zeros((2, P), jnp.int32)
@@ -305,13 +304,13 @@ def test_targets_are_read_after_close_and_after_the_prefix():
     got = got._replace(answers=jnp.zeros((2, 2, 0), jnp.int32))
     prompts = jnp.zeros((2, P), jnp.int32)
     with_thought = functools.partial(rl.target_log_probs, scripted, tokens=FIXED)
-    scores = jax.jit(with_thought, compiler_options=QUICK)(table, prompts, lengths, got, target)
+    scores = jax.jit(with_thought)(table, prompts, lengths, got, target)
     table = np.asarray(jax.nn.log_softmax(table))
     log_probs = table.reshape(2, 2, 20, V)
     for n, g in np.ndindex(2, 2):
         want = log_probs[n, g, lengths[n] + thoughts[n, g], target[n]]
         np.testing.assert_allclose(scores[n, g], want, rtol=1e-5)
-    bare = jax.jit(functools.partial(rl.prefix_log_probs, scripted), compiler_options=QUICK)
+    bare = jax.jit(functools.partial(rl.prefix_log_probs, scripted))
     scores = bare(table, prompts, lengths, target)
     np.testing.assert_allclose(scores, table[range(2), lengths - 1, target], rtol=1e-5)
 
@@ -341,7 +340,7 @@ def test_rollouts_have_no_gradient():
         settings |= {"cache": cache, "force_close": True}
         return rl.roll_out(scripted, table, prompts, jnp.array([2]), **settings).log_probs.sum()
 
-    value, grad = jax.jit(jax.value_and_grad(total), compiler_options=QUICK)(jnp.ones((2, 12, V)))
+    value, grad = jax.jit(jax.value_and_grad(total))(jnp.ones((2, 12, V)))
     assert value < 0
     assert not grad.any()
 

@@ -16,7 +16,6 @@ from jaxlib_methods.models import decoding, partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.transformer import forward, init_params
 
-QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
 V = 7
 PAD, CLOSE, END, THINK = 0, 1, 2, 3
 IDS = rl.Tokens(close=CLOSE, end=END, pad=PAD)
@@ -57,7 +56,7 @@ def padded(prompts: list[list[int]] = PROMPTS, width: int = P, junk: int = 5) ->
     return jnp.array(rows, jnp.int32), jnp.array([len(p) for p in prompts], jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def run(
     cfg: TransformerConfig, params: Any, prompts: jax.Array, lengths: jax.Array, settings: Any
 ) -> rl.Rollouts:
@@ -73,19 +72,19 @@ def settings_of(temperature: float = 1.3, key: int = 0) -> dict[str, Any]:
     return {"temperature": temperature, "tokens": IDS, "key": jax.random.key(key)}
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def score(cfg: TransformerConfig, params: Any, *args: Any, **settings: Any) -> jax.Array:
     settings |= {"nll": functools.partial(linear_losses.token_nll, cfg)}
     return rl.response_log_probs(functools.partial(forward, cfg), params, *args, **settings)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def score_prefixes(cfg: TransformerConfig, params: Any, *args: Any) -> jax.Array:
     nll = functools.partial(linear_losses.token_nll, cfg)
     return rl.prefix_log_probs(functools.partial(forward, cfg), params, *args, nll=nll)
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def score_targets(cfg: TransformerConfig, params: Any, *args: Any) -> jax.Array:
     nll = functools.partial(linear_losses.token_nll, cfg)
     apply = functools.partial(forward, cfg)
@@ -97,7 +96,7 @@ def columns(rows: list[list[int]]) -> jax.Array:
     return jnp.array([row + [PAD] * (P + R + 1 - len(row)) for row in rows])
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def bare_log_probs(cfg: TransformerConfig, params: Any, tokens: jax.Array) -> jax.Array:
     """Log-probabilities `[row, column, V]` by the bare model."""
     return jax.nn.log_softmax(forward(cfg, params, tokens).logits[..., :V])
@@ -142,10 +141,7 @@ def test_log_probs_and_their_gradient_are_those_of_the_bare_model():
 
     cfg = dataclasses.replace(ROTARY, loss_implementation="xla")
     without_logits = functools.partial(ours, nll=functools.partial(linear_losses.token_nll, cfg))
-    results = [
-        jax.jit(jax.value_and_grad(f), compiler_options=QUICK)(params)
-        for f in (ours, without_logits, bare)
-    ]
+    results = [jax.jit(jax.value_and_grad(f))(params) for f in (ours, without_logits, bare)]
     for result in results[:2]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), result, results[2]

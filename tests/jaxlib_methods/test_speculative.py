@@ -1,4 +1,3 @@
-import functools
 from typing import Any
 
 import jax
@@ -13,21 +12,20 @@ from jaxlib_methods.depth_sampling import Draws, make_draws
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.speculative import SpeculativeState
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NEW = 6
 SAMPLINGS = {"greedy": SamplingConfig(temperature=0), "warm": SamplingConfig(temperature=1.0)}
 # Three iterations are far from the limit: equal texts are equal for no other reason.
 SHALLOW = {"sampler": "speculative", "num_steps": 3, "draft_steps": 1, "draft_tokens": 3}
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def start(
     model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array
 ) -> SpeculativeState:
     return speculative.start(model, params, tokens, lengths, max_new_tokens=NEW)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def advance(
     model: RecurrentModel, params: Any, state: SpeculativeState, draws: Draws, num_rounds: int
 ) -> SpeculativeState:

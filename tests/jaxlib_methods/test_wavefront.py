@@ -1,4 +1,3 @@
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,6 @@ from jaxlib_methods.depth_sampling import Draws, Text, append, make_draws
 from jaxlib_methods.models.decoding import SamplingConfig
 from jaxlib_methods.wavefront import Wave, WaveState, count_final
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 NEW = 6
 GREEDY = SamplingConfig(temperature=0)
 SAMPLINGS = {
@@ -25,19 +23,19 @@ SAMPLINGS = {
 SETTLED = {"sampler": "parallel", "num_steps": 24, "freeze_tolerance": 1e-4}
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def start(model: RecurrentModel, params: Any, tokens: jax.Array, lengths: jax.Array) -> WaveState:
     return wavefront.start(model, params, tokens, lengths, max_new_tokens=NEW)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def advance(
     model: RecurrentModel, params: Any, state: WaveState, draws: Draws, num_rounds: int
 ) -> WaveState:
     return wavefront.PARALLEL.advance(model, params, state, draws, num_rounds=num_rounds)
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def finals(model: RecurrentModel, *arguments: Any, running: jax.Array) -> jax.Array:
     return count_final(model, *arguments, running=running)
 
@@ -112,7 +110,7 @@ def test_a_window_of_the_wave_is_enough(
 
     monkeypatch.setattr(wavefront, "_round", counted)
     model, draws = model_of(contraction), draws_of(SAMPLINGS["warm"])
-    advance = jax.jit(wavefront.PARALLEL.advance, compiler_options=QUICK)
+    advance = jax.jit(wavefront.PARALLEL.advance)
     found = advance(model, contraction.params, start(model, *contraction[1:]), draws)
     assert set(computed) == {4, 7}
     expected = parallel["warm"]
@@ -237,7 +235,7 @@ def test_append_ends_at_stop_tokens_and_at_the_end():
         jnp.array([False, False, True, False]),
     )
     new = jnp.array([[5, 9, 5], [5, 6, 7], [5, 6, 7], [3, 3, 3]])
-    quick = jax.jit(append, compiler_options=QUICK)
+    quick = jax.jit(append)
     found = quick(draws_of(GREEDY, (9,)), text, new, jnp.array([3, 2, 3, 1]))
     assert found.tokens.tolist() == [[7, 5, 9, 0], [7, 8, 1, 5], [1, 0, 0, 0], [4, 3, 0, 0]]
     assert found.lengths.tolist() == [3, 4, 1, 2]

@@ -41,7 +41,6 @@ SEGMENTS = np.array([[1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 2, 2, 0]], np.int32)
 POSITIONS = np.array([[0, 1, 2, 3, 4, 5, 6], [0, 1, 2, 3, 0, 1, 0]], np.int32)
 PLACES = {"positions": POSITIONS, "segments": SEGMENTS}
 KEY = jax.random.key(0)
-QUICK: Any = {"xla_backend_optimization_level": 0}  # for compilation
 
 
 def changed(**changes: Any) -> TransformerConfig:
@@ -77,7 +76,7 @@ def loss(params: Any, num_steps: Any, cfg: TransformerConfig = BASE, k: int = WI
 def compiled(num_steps: int) -> Any:
     """The program of value and gradient with this number of iterations."""
     run = jax.jit(functools.partial(jax.value_and_grad(loss), num_steps=num_steps))
-    return run.lower(PARAMS).compile(compiler_options=QUICK)
+    return run.lower(PARAMS).compile()
 
 
 def assert_equal_trees(got: Any, want: Any, atol: float) -> None:
@@ -103,7 +102,7 @@ def test_gradient_is_that_of_the_last_iterations_from_a_constant():
         state = advance(params, state, WINDOW)
         return nll(recurrent_depth.predict(BASE, params, state, read(params)[0])[0])
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def by_hand(params: Any) -> Any:
         start = recurrent_depth.initial_state(BASE, KEY, (B, L))
         return jax.value_and_grad(truncated)(params, advance(params, start, n))
@@ -123,7 +122,7 @@ def test_gradient_of_all_iterations_is_the_slope():
         rng = np.random.default_rng(3)
         along = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape)), params)
 
-        @functools.partial(jax.jit, compiler_options=QUICK)
+        @jax.jit
         def slopes(params: Any) -> Any:
             def moved(t: Any) -> jax.Array:
                 there = jax.tree.map(lambda x, d: x + t * d, params, along)
@@ -142,7 +141,7 @@ def test_gradient_of_all_iterations_is_the_slope():
 def test_one_program_serves_every_number_of_iterations():
     traces = []
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def any_number(params: Any, num_steps: jax.Array) -> Any:
         traces.append(num_steps)
         return jax.value_and_grad(loss)(params, num_steps)
@@ -159,7 +158,7 @@ def test_one_program_serves_every_number_of_iterations():
     assert len(traces) == 1
 
 
-@functools.partial(jax.jit, compiler_options=QUICK)
+@jax.jit
 def below_the_window(params: Any) -> Any:
     return jax.value_and_grad(functools.partial(loss, k=1))(params, 1)
 
@@ -184,7 +183,7 @@ def test_iterations_without_gradient_cost_a_forward_pass():
 
 def test_remat_changes_no_gradient():
     value, want = compiled(WINDOW)(PARAMS)
-    run = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2), compiler_options=QUICK)
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
     got_value, got = run(PARAMS, WINDOW, changed(remat="dots"))
     np.testing.assert_allclose(got_value, value, rtol=1e-5)
     assert_equal_trees(got, want, 1e-5)
@@ -240,7 +239,7 @@ def test_expected_iterations():
 DEVICE_PARAMS, DEVICE_TOKENS = jax.tree.map(jnp.asarray, (PARAMS, TOKENS))
 
 
-@functools.partial(jax.jit, static_argnums=1, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=1)
 def program(num_steps: Any, hidden_layer: Any, key: Any) -> Any:
     steps = {"num_steps": num_steps, "hidden_layer": hidden_layer}
     return forward(BASE, DEVICE_PARAMS, DEVICE_TOKENS, key=key, **steps)
@@ -294,7 +293,7 @@ def test_movement_by_hand():
 
 def test_a_language_model_draws_its_iterations_from_the_key():
     model = functools.partial(language_model.forward, BASE, DEVICE_PARAMS, DEVICE_TOKENS)
-    run = jax.jit(lambda key: model(key=key), compiler_options=QUICK)
+    run = jax.jit(lambda key: model(key=key))
     found = set()
     for seed in range(3):
         steps_key, state_key = jax.random.split(jax.random.key(seed))

@@ -34,7 +34,6 @@ PLAIN = TransformerConfig(
 RECURRENT = dataclasses.replace(PLAIN, num_layers=3, recurrence=2)
 B, L, TILE = 4, 22, 8
 # Time goes into compilation.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +72,7 @@ def slope(cfg: TransformerConfig) -> Any:
 
 
 def compiled(cfg: TransformerConfig, params: Any, batch: Batch) -> Any:
-    return jax.jit(slope(cfg)).lower(params, (), batch).compile(compiler_options=QUICK)
+    return jax.jit(slope(cfg)).lower(params, (), batch).compile()
 
 
 @functools.cache

@@ -65,7 +65,6 @@ MESHES: dict[str, dict[str, int]] = {
     "sequence": {"data": 4, "sequence": 2},
 }
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_fraction=0, epsilon=1e-4)
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Run(NamedTuple):
@@ -132,7 +131,7 @@ def train_two_steps(kind: str, name: str, capfd: pytest.CaptureFixture[str]) -> 
         )
         arguments = (), batch_on(kind, mesh), jax.random.key(2)
         capfd.readouterr()
-        program = step.lower(state, *arguments).compile(compiler_options=QUICK)
+        program = step.lower(state, *arguments).compile()
         log = capfd.readouterr().err
         states, found = [], []
         for _ in range(2):
@@ -140,7 +139,7 @@ def train_two_steps(kind: str, name: str, capfd: pytest.CaptureFixture[str]) -> 
             states.append(jax.device_get(state))
             found.append(jax.device_get(metrics))
         judge: Any = make_eval_step(method)
-        program = judge.lower(state, *arguments).compile(compiler_options=QUICK)
+        program = judge.lower(state, *arguments).compile()
         found.append(jax.device_get(program(state, *arguments)))
     return Run(first, states, [{n: t / c for n, (t, c) in m.items() if c} for m in found], log)
 

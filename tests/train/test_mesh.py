@@ -75,7 +75,6 @@ OPTIMIZERS = {
 # Muon's orthogonalisation enlarges small singular values, and with them rounding.
 RTOL = {"next_token": 2e-5, "late_to_early": 2e-4}
 # Plans the same program, but spends less time on its machine code.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 class Run(NamedTuple):
@@ -176,7 +175,7 @@ def three_steps(kind: str, teacher: str, mesh: Mesh, capfd: pytest.CaptureFixtur
         placed = NamedSharding(mesh, partitioning.batch_spec())
         arguments = extra, jax.device_put(packed_batch(), placed), jax.random.key(2)
         capfd.readouterr()
-        program = step.lower(state, *arguments).compile(compiler_options=QUICK)
+        program = step.lower(state, *arguments).compile()
         log = capfd.readouterr().err
         states, metrics = [], []
         for _ in range(NUM_STEPS):
@@ -263,7 +262,7 @@ def energy_step(kind: str, name: str) -> Any:
         )
         placed = NamedSharding(mesh, partitioning.batch_spec())
         arguments = (), jax.device_put(batch, placed), jax.random.key(2)
-        program = step.lower(state, *arguments).compile(compiler_options=QUICK)
+        program = step.lower(state, *arguments).compile()
         state, metrics = program(state, *arguments)
         places = train_state.shardings_of(state)
     return first, jax.device_get((state, metrics)), places

@@ -31,7 +31,6 @@ MODEL = TransformerConfig(
 )
 TEACHER = dataclasses.replace(MODEL, num_layers=1, embed_dim=32)
 STREAM = B * L * MODEL.embed_dim * 4  # bytes of one residual stream
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SCALAR, KEY = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
 
 
@@ -117,9 +116,9 @@ def test_axes_of_size_one_cost_nothing():
         return loss_and_gradients(method.loss, params, (), batch, step=step, key=key)
 
     arguments = abstract_params(MODEL), abstract_batch(), SCALAR, KEY
-    bare = jax.jit(gradients).lower(*arguments).compile(compiler_options=QUICK)
+    bare = jax.jit(gradients).lower(*arguments).compile()
     with jax.set_mesh(one_device()):
-        meshed = jax.jit(gradients).lower(*arguments).compile(compiler_options=QUICK)
+        meshed = jax.jit(gradients).lower(*arguments).compile()
     texts = [program.as_text() or "" for program in (bare, meshed)]
     counts = [collections.Counter(re.findall(r"\} ([a-z][a-z-]*)\(", text)) for text in texts]
     assert counts[0] == counts[1]
@@ -141,9 +140,7 @@ def temporary_bytes(cfg: TransformerConfig, hidden_layer: Any, *, use: bool) -> 
         return total + jnp.sum(out.hidden**2) if use and out.hidden is not None else total
 
     tokens = jax.ShapeDtypeStruct((B, L), jnp.int32)
-    program = (
-        jax.jit(jax.grad(loss)).lower(abstract_params(cfg), tokens).compile(compiler_options=QUICK)
-    )
+    program = jax.jit(jax.grad(loss)).lower(abstract_params(cfg), tokens).compile()
     analysis = program.memory_analysis()
     assert analysis is not None
     return analysis.temp_size_in_bytes
