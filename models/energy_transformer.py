@@ -29,12 +29,11 @@ from jaxlib_methods.models.layers import (
     write_slots,
 )
 from jaxlib_methods.models.partitioning import constrain, look_up
+from jaxlib_methods.models.self_attention import Sight, attend, sight
 from jaxlib_methods.models.transformer import REMAT_POLICIES
-from jaxlib_methods.pallas_kernels.attention import (
-    SHARED_SEGMENT,
-    Keys,
-    tiled_attention,
-)
+from jaxlib_methods.pallas_kernels.attention import SHARED_SEGMENT
+
+LayerKeys = tuple[jax.Array, jax.Array]  # keys and values of one layer, each `[B, M, K, C]`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,7 +56,6 @@ class EnergyTransformerConfig:
             raise ValueError(f"num_landscapes {self.num_landscapes} must not be negative")
         wanted = {"positions": "rotary", "parallel_residual": False, "tie_embeddings": False}
         wanted |= {"block": "pre_norm", "qk_bias": False, "recurrence": 0}
-        wanted["attention_implementation"] = "auto"  # its candidates attend in tiles of queries
         for name, value in wanted.items():
             if getattr(self.trunk, name) != value:
                 raise ValueError(
@@ -117,25 +115,17 @@ class StreamBlock(nn.Module):
         self.mlp = FeedForward(cfg)
 
     def observe(
-        self,
-        x: jax.Array,
-        rows: Rows,
-        angles: Rotation,
-        context: Keys,
-        slot: jax.Array,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        self, x: jax.Array, where: Sight, angles: Rotation, layer: LayerKeys, slot: jax.Array
+    ) -> tuple[jax.Array, LayerKeys]:
         """The observed stream `[B, L, D]`; its keys and values are written from `slot` on."""
-        query, key, value = self.attention.heads(self.attention_norm(x), angles)
-        context = context._replace(
-            key=write_slots(context.key, key, slot), value=write_slots(context.value, value, slot)
-        )
-        mixed = tiled_attention(query, context, **rows._asdict())
-        return self._feed_forward(x, mixed), (context.key, context.value)
+        query, *new = self.attention.heads(self.attention_norm(x), angles)
+        key, value = (write_slots(*each, slot) for each in zip(layer, new, strict=True))
+        return self._feed_forward(x, attend(self.cfg, query, key, value, where)), (key, value)
 
-    def judge(self, x: jax.Array, rows: Rows, angles: Rotation, context: Keys) -> jax.Array:
+    def judge(self, x: jax.Array, where: Sight, angles: Rotation, layer: LayerKeys) -> jax.Array:
         """The candidate stream `[B, R, D]`, over the keys and values of this layer."""
         query, *own = self.attention.heads(self.attention_norm(x), angles)
-        mixed = tiled_attention(query, context, own=(own[0], own[1]), **rows._asdict())
+        mixed = attend(self.cfg, query, *layer, where, own=(own[0], own[1]))
         return self._feed_forward(x, mixed)
 
     def _feed_forward(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
@@ -201,11 +191,10 @@ class EnergyTransformer(nn.Module):
         table = table.astype(self.cfg.trunk.compute_dtype)
         x = constrain(candidates.astype(table.dtype) @ table, "batch", "sequence", None)
 
-        def body(
-            block: StreamBlock, x: jax.Array, layer: tuple[jax.Array, jax.Array]
-        ) -> tuple[jax.Array, None]:
-            context = Keys(*layer, cache.positions, cache.segments)
-            return block.judge(x, rows, angles, context), None
+        where = sight(self.cfg.trunk, *rows, cache.positions, cache.segments, twice=True)
+
+        def body(block: StreamBlock, x: jax.Array, layer: LayerKeys) -> tuple[jax.Array, None]:
+            return block.judge(x, where, angles, layer), None
 
         x, _ = self._scan(body)(self.blocks, x, (cache.keys, cache.values))
         return self.energy_head(self.final_norm(x))[..., 0]
@@ -215,11 +204,10 @@ class EnergyTransformer(nn.Module):
         positions = write_slots(cache.positions, rows.positions, cache.length)
         segments = write_slots(cache.segments, rows.segments, cache.length)
 
-        def body(
-            block: StreamBlock, x: jax.Array, layer: tuple[jax.Array, jax.Array]
-        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-            context = Keys(*layer, positions, segments)
-            return block.observe(x, rows, angles, context, cache.length)
+        where = sight(self.cfg.trunk, *rows, positions, segments, twice=True)
+
+        def body(block: StreamBlock, x: jax.Array, layer: LayerKeys) -> tuple[jax.Array, LayerKeys]:
+            return block.observe(x, where, angles, layer, cache.length)
 
         _, (keys, values) = self._scan(body)(self.blocks, x, (cache.keys, cache.values))
         return ObservedCache(keys, values, positions, segments, cache.length + x.shape[1])

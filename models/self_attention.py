@@ -1,11 +1,12 @@
-"""Attention of whole sequences to themselves: all scores at once, or in tiles on each device.
+"""Attention of whole sequences: all scores at once, or in tiles on each device.
 
 `TransformerConfig.attention_implementation` says which. Decoding with a cache has its own form.
 """
 
-# Dimension key: B batch, L sequence, H query heads, K key heads, C head size.
+# Dimension key: B batch, L sequence, M keys, H query heads, K key heads, C head size.
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,65 +25,86 @@ from jaxlib_methods.pallas_kernels.attention import (
 
 # Platform -> length from which training steps were measured to take no longer in tiles.
 NO_SLOWER = {"cpu": 256}
-
+MOST_TWICE = 256  # queries whose scores may exist at once in a second derivative
 
 Sight = jax.Array | Places  # which keys each query sees, bool `[B, L, M]`; or what decides it
 
 
-def sight(cfg: TransformerConfig, positions: jax.Array, segments: jax.Array) -> Sight:
-    """Which of the other tokens each one sees, in the form that the configuration asks for.
+def sight(
+    cfg: TransformerConfig,
+    positions: jax.Array,
+    segments: jax.Array,
+    key_positions: jax.Array | None = None,
+    key_segments: jax.Array | None = None,
+    *,
+    twice: bool = False,
+) -> Sight:
+    """Which keys each token sees, in the form that the configuration asks for.
 
-    positions, segments: int32 `[B, L]`, see `visible`. `auto` logs once what it chose and why.
+    positions, segments: int32 `[B, L]`, see `visible`; of the keys, `[B, M]`, or the same. twice:
+    whether what attends is differentiated twice. `auto` logs once what it chose and why.
     """
-    if _in_tiles(cfg, positions.shape[1]):
-        return Places(positions, segments, positions, segments)
-    return visible(positions, positions, segments, segments)
+    if key_positions is None or key_segments is None:
+        key_positions, key_segments = positions, segments
+    if _in_tiles(cfg, positions.shape[1], twice=twice):
+        return Places(positions, segments, key_positions, key_segments)
+    return visible(positions, key_positions, segments, key_segments)
 
 
-def _in_tiles(cfg: TransformerConfig, length: int) -> bool:
+def _in_tiles(cfg: TransformerConfig, length: int, *, twice: bool) -> bool:
     if cfg.attention_implementation != "auto":
         return cfg.attention_implementation != "plain"
     here = dispatch.platform()
     least = NO_SLOWER.get(here)
+    fills = twice and length > MOST_TWICE
     wins = least is not None and length >= least
     known = "nowhere" if least is None else f"from {least} tokens on"
     reason = f"tiles are known to be no slower on {here} {known}, this is {length}"
-    dispatch.log_once("self-attention", "tiles" if wins else "plain", reason)
-    return wins
+    if fills and not wins:
+        reason += f"; scores of more than {MOST_TWICE}, differentiated twice, fill memory"
+    dispatch.log_once("self-attention", "tiles" if wins or fills else "plain", reason)
+    return wins or fills
 
 
 def attend(
-    cfg: TransformerConfig, query: jax.Array, key: jax.Array, value: jax.Array, where: Sight
+    cfg: TransformerConfig,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    where: Sight,
+    own: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Grouped-query softmax attention; see `attention_reference` and `attention`.
 
-    query: `[B, L, H, C]`; key, value: `[B, L, K, C]`. Returns `[B, L, H, C]` in query's dtype. What
-    a query that sees nothing gets is finite, and for padding only.
+    query: `[B, L, H, C]`; key, value: `[B, M, K, C]`; own: a further key and value of each query,
+    `[B, L, K, C]`. Returns `[B, L, H, C]` in query's dtype. What a query that sees nothing gets is
+    finite, and for padding only.
     """
     # Context parallelism: queries stay cut along the sequence, keys and values are gathered.
     key, value = (constrain(x, "batch", None, "kv_heads", None) for x in (key, value))
     if not isinstance(where, Places):
-        return attention_reference(query, key, value, where=where)
+        return attention_reference(query, key, value, where=where, own=own)
     asked = cfg.attention_implementation
     assert asked != "plain"
 
-    def on_each(query: jax.Array, key: jax.Array, value: jax.Array, where: Places) -> jax.Array:
+    def on_each(query: jax.Array, key: jax.Array, value: jax.Array, where: Places, own: Any) -> Any:
         positions, segments, key_positions, key_segments = where
         context = Keys(key, value, key_positions, key_segments)
         return attention(
-            query, context, positions=positions, segments=segments, implementation=asked
+            query, context, positions=positions, segments=segments, own=own, implementation=asked
         )[0]
 
     batch, rows, heads, _ = cut_axes(query, "batch", "sequence", "heads", None)
     if not any((batch, rows, heads)):
-        return on_each(query, key, value, where)
+        return on_each(query, key, value, where, own)
     if heads != cut_axes(key, "batch", None, "kv_heads", None)[2]:
         # The fewest copies of key heads that as many devices as share the query heads can share.
         num_heads = key.shape[2]
         copies = math.lcm(num_heads, math.prod(axis_size(axis) for axis in heads)) // num_heads
-        key, value = (jnp.repeat(x, copies, axis=2) for x in (key, value))
+        key, value, own = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=2), (key, value, own))
     of_queries, of_keys = PartitionSpec(batch, rows, heads), PartitionSpec(batch, None, heads)
-    own, all_keys = PartitionSpec(batch, rows), PartitionSpec(batch)
-    in_specs = (of_queries, of_keys, of_keys, Places(own, own, all_keys, all_keys))
+    places, key_places = PartitionSpec(batch, rows), PartitionSpec(batch)
+    where_specs = Places(places, places, key_places, key_places)
+    in_specs = (of_queries, of_keys, of_keys, where_specs, of_queries)
     mapped = jax.shard_map(on_each, in_specs=in_specs, out_specs=of_queries, check_vma=False)
-    return mapped(query, key, value, where)
+    return mapped(query, key, value, where, own)

@@ -1,8 +1,7 @@
 """Softmax attention over packed documents, twice differentiable with memory linear in the length.
 
-`attention` returns the output and the log-sum-exp of the scores; trunks run it on whole sequences.
-`attention_reference` is the specification; `tiled_attention` is what energy transformers run,
-`attend_parts` what decodes with a cache.
+`attention` returns the output and the log-sum-exp of the scores; models run it on whole sequences.
+`attention_reference` is the specification, `attend_parts` what decodes with a cache.
 """
 
 # Dimension key: B batch, L queries, M keys, H query heads, K key heads, G = H / K, C head size,
@@ -16,7 +15,6 @@ from jaxlib_methods.pallas_kernels.attention.parts import Part, attend_parts
 from jaxlib_methods.pallas_kernels.attention.reference import (
     Keys,
     attention_reference,
-    tiled_attention,
     visible,
 )
 from jaxlib_methods.pallas_kernels.attention.tiles import (
@@ -42,7 +40,6 @@ __all__ = [
     "attend_parts",
     "attention",
     "attention_reference",
-    "tiled_attention",
     "visible",
 ]
 

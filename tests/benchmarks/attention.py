@@ -2,13 +2,13 @@
 
     python tests/benchmarks/attention.py --rounds=5 --calls=1
 
-Candidates: `attention` in tiles of plain JAX (`tiles`); the same output by `tiled_attention`, which
-cuts queries only (`query tiles`), by `attention_reference` (`all scores`) and by
-`jax.nn.dot_product_attention` (`jax.nn`), causal, one document. Operations: the output; the
-gradient of a loss of it; that gradient's derivative along the arguments, forward over reverse and
-in reverse twice. `roofline` counts the products by hand, L^2 C each, of which causality leaves
-half: 2 in the output, 5 more in the gradient, 17 more in a second derivative, at `--peak` GFLOP/s;
-unset, it is left out. Memory: temporary bytes that the compiler reserves; nothing is run for it.
+Candidates: `attention` in tiles of plain JAX (`tiles`); the same output by `attention_reference`
+(`all scores`) and by `jax.nn.dot_product_attention` (`jax.nn`), causal, one document. Operations:
+the output; the gradient of a loss of it; that gradient's derivative along the arguments, forward
+over reverse and in reverse twice. `roofline` counts the products by hand, L^2 C each, of which
+causality leaves half: 2 in the output, 5 more in the gradient, 17 more in a second derivative, at
+`--peak` GFLOP/s; unset, it is left out. Memory: temporary bytes that the compiler reserves; nothing
+is run for it.
 Goal: twice the length takes at most 2.1 times the memory of the second derivative.
 """
 
@@ -26,7 +26,6 @@ from jaxlib_methods.pallas_kernels.attention import (
     Keys,
     attention,
     attention_reference,
-    tiled_attention,
     visible,
 )
 
@@ -69,16 +68,8 @@ def _jax_nn(arrays: Any) -> jax.Array:
     return jax.nn.dot_product_attention(*arrays, is_causal=True)
 
 
-def _query_tiles(arrays: Any) -> jax.Array:
-    query, key, value = arrays
-    index = _index(query)
-    at: dict[str, Any] = {"positions": index, "segments": jnp.ones_like(index)}
-    return tiled_attention(query, Keys(key, value, *at.values()), **at)
-
-
 CANDIDATES: dict[str, Attend] = {
     "tiles": _tiles,
-    "query tiles": _query_tiles,
     "all scores": _all_scores,
     "jax.nn": _jax_nn,
 }

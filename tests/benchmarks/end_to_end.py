@@ -8,15 +8,14 @@ Measured: the jitted step of a run, optimiser included, of the same model and ba
 the temporaries that the compiler plans for. Off: losses from logits, attention with all scores,
 JAX's derivative of LET's interpolation. `losses`, `attention` and `interpolation` turn one of them
 on: losses of next tokens in tiles of the vocabulary; attention in tiles; interpolation that reads
-with gathers both ways. On: all of them that the kind has. An energy model has attention alone: in
-tiles of 256 queries (on) or of all (off). Mid-training thinks at one place of each row, with the
-entropy of the initial model, so that its step holds the rollouts too.
+with gathers both ways. On: all of them that the kind has. An energy model has attention alone.
+Mid-training thinks at one place of each row, with the entropy of the initial model, so that its
+step holds the rollouts too.
 The default sizes are those that finish in minutes on one core.
 Goal: neither time nor memory above that with kernels off.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,11 +31,9 @@ from jaxlib_methods import energy, late_to_early, losses, next_token
 from jaxlib_methods import reinforcement_midtraining as rmt
 from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.method import Method, Pretrained
-from jaxlib_methods.models import energy_transformer
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import unbox
 from jaxlib_methods.models.transformer import init_params
-from jaxlib_methods.pallas_kernels import attention
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
@@ -115,21 +112,16 @@ def compiled(
     model = dataclasses.replace(
         model, loss_implementation="xla" if "losses" in kernels else "logits"
     )
-    if kind != "EBT":
-        form: Any = "xla" if "attention" in kernels else "plain"
-        model = dataclasses.replace(model, attention_implementation=form)
-    interpolate, tiled_attention = losses.interpolate, energy_transformer.tiled_attention
+    form: Any = "xla" if "attention" in kernels else "plain"
+    model = dataclasses.replace(model, attention_implementation=form)
+    interpolate = losses.interpolate
     if "interpolation" not in kernels:
         losses.interpolate = interpolation.plain
-    if "attention" not in kernels:
-        energy_transformer.tiled_attention = functools.partial(
-            attention.tiled_attention, tile=model.max_length
-        )
     step = training.OurStep(
         MAKE[kind](model), shapes.make_batch(model, training.BATCH_SIZE.value, documents=1)
     )
     memory = step.temporaries()
-    losses.interpolate, energy_transformer.tiled_attention = interpolate, tiled_attention
+    losses.interpolate = interpolate
     return step, memory
 
 

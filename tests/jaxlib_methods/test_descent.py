@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.descent import Trajectory, descend, descend_freely
-from jaxlib_methods.pallas_kernels.attention import Keys, tiled_attention
+from jaxlib_methods.pallas_kernels.attention import Keys, attention
 
 B, R, M, D, V = 2, 3, 5, 4, 7
 NUM_STEPS = 2
@@ -57,7 +57,7 @@ def energy(params: Any, context: Any, y: jax.Array) -> jax.Array:
     def layer(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, None]:
         own = (jnp.tanh(x)[:, :, None], jnp.sin(x)[:, :, None])
         rows = {"positions": context["positions"], "segments": context["segments"]}
-        mixed = tiled_attention(x[:, :, None], keys, own=own, tile=2, **rows)[:, :, 0]
+        mixed = attention(x[:, :, None], keys, own=own, tile=(2, 2), **rows)[0][:, :, 0]
         return x + jnp.tanh(mixed @ kernel + jnp.arange(float(D))[None, None] / D), None
 
     x, _ = jax.lax.scan(jax.checkpoint(layer), x, params["layers"])
@@ -249,7 +249,7 @@ def test_system_1_has_the_published_gradient():
                 v = (jax.nn.softmax(end) - target) / (B * R)
 
                 def directional(params: Any, p: Any = p, here: Any = here, v: Any = v) -> jax.Array:
-                    return jax.jvp(lambda p: energy(params, here, p).sum(), (p,), (v,))[1]
+                    return jnp.vdot(jax.grad(lambda p: energy(params, here, p).sum())(p), v)
 
                 slope, of_theta = jax.value_and_grad(directional)(params)
                 by_theta = jax.tree.map(

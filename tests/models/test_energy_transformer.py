@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -9,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlib_methods.models import energy_transformer, partitioning
+from jaxlib_methods.models import energy_transformer, partitioning, self_attention
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.energy_transformer import EnergyTransformerConfig, Rows
+from jaxlib_methods.pallas_kernels import attention, dispatch
 
 B, L = 2, 5
 TRUNK = TransformerConfig(
@@ -209,7 +211,6 @@ def test_unfit_trunks_are_refused():
     with pytest.raises(ValueError, match="num_landscapes -1 must not be negative"):
         EnergyTransformerConfig(num_landscapes=-1)
     changes: Any = {"positions": "learned", "parallel_residual": True}
-    changes |= {"attention_implementation": "xla"}
     for name, value in changes.items():
         with pytest.raises(ValueError, match=r"model\..* has no meaning in an energy transformer"):
             EnergyTransformerConfig(trunk=dataclasses.replace(TRUNK, **{name: value}))
@@ -261,26 +262,61 @@ def test_remat_and_bfloat16():
     assert not np.allclose(coarse, want[1], atol=1e-6)
 
 
-def test_one_device_equals_eight():
-    cfg = with_trunk(embed_dim=32, mlp_dim=24)
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Two queries and two keys, in float64."""
+    monkeypatch.setattr(attention, "CPU_TILE", (2, 2))
+    with jax.enable_x64(True):
+        yield
+
+
+EXACT: Any = {"compute_dtype": "float64", "param_dtype": "float64"}
+
+
+def test_attention_in_tiles_is_that_of_all_scores(small_tiles):
+    del small_tiles
+    plain = with_trunk(**EXACT, attention_implementation="plain")
+    tiles = with_trunk(**EXACT, attention_implementation="xla", remat="full")
+    got, want = (second_order(cfg, params_of(plain), TOKENS, CANDIDATES) for cfg in (tiles, plain))
+    assert_close(got, want, 1e-10)
+
+
+def test_more_candidates_than_fit_go_in_tiles_where_nothing_was_measured(monkeypatch):
+    monkeypatch.setattr(self_attention, "MOST_TWICE", L - 1)
+    rows = (*PLACES, *PLACES)
+    with dispatch.lowering_for("tpu"):
+        assert isinstance(self_attention.sight(TRUNK, *rows, twice=True), attention.Places)
+        fewer = (x[:, :-1] for x in rows)
+        assert isinstance(self_attention.sight(TRUNK, *fewer, twice=True), jax.Array)
+        assert isinstance(self_attention.sight(TRUNK, *rows), jax.Array)
+
+
+def test_one_device_equals_eight(small_tiles):
+    del small_tiles
+    forms: dict[str, Any] = {
+        form: with_trunk(**EXACT, num_layers=1, embed_dim=32, attention_implementation=form)
+        for form in ("plain", "xla")
+    }
+    cfg = forms["plain"]
     params = params_of(cfg)
     tokens, candidates = np.tile(TOKENS, (4, 1)), np.tile(CANDIDATES, (4, 1, 1))
-    candidates += np.linspace(0, 0.1, 8, dtype=np.float32)[:, None, None]
+    candidates = candidates + np.linspace(0, 0.1, 8)[:, None, None]
     boxed = jax.eval_shape(
         functools.partial(energy_transformer.init_params, cfg), jax.random.key(0)
     )
     places = jax.tree.map(lambda x: jnp.tile(x, (4, 1)), PLACES)
 
-    def on(devices: Any, **sizes: int) -> Any:
+    def on(devices: Any, form: str, **sizes: int) -> Any:
         mesh = partitioning.make_mesh(devices=devices, **sizes)
         rows = jax.sharding.NamedSharding(mesh, partitioning.batch_spec())
         cut = jax.sharding.NamedSharding(mesh, jax.P(*partitioning.batch_spec(), None))
 
-        outer = jax.jit(functools.partial(slope_of_slope, cfg, places=places))
+        outer = jax.jit(functools.partial(slope_of_slope, forms[form], places=places))
         with jax.set_mesh(mesh):
             placed = jax.device_put(params, partitioning.param_shardings(boxed, mesh))
             return jax.device_get(outer(placed, *jax.device_put((tokens, candidates), (rows, cut))))
 
-    want = on(jax.devices()[:1])
-    for sizes in ({"data": 1, "fsdp": 8}, {"data": 1, "tensor": 2, "fsdp": 4}, {"data": 8}):
-        assert_close(on(jax.devices(), **sizes), want, 3e-5)
+    want = on(jax.devices()[:1], "plain")
+    assert_close(on(jax.devices(), "plain", data=1, fsdp=8), want, 1e-10)
+    for sizes in ({"data": 1, "tensor": 2, "fsdp": 4}, {"data": 8}):
+        assert_close(on(jax.devices(), "xla", **sizes), want, 1e-10)

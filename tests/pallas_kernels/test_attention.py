@@ -15,8 +15,8 @@ from jaxlib_methods.pallas_kernels.attention import (
     Keys,
     Part,
     attend_parts,
+    attention,
     attention_reference,
-    tiled_attention,
     visible,
 )
 
@@ -49,12 +49,12 @@ def loop(query: np.ndarray, key: np.ndarray, value: np.ndarray, where: np.ndarra
     return out
 
 
-attention = jax.jit(attention_reference)
+reference = jax.jit(attention_reference)
 
 
 def attend(query=QUERY, key=KEY, value=VALUE, where=WHERE, dtype=None) -> jax.Array:
     arrays = (jnp.asarray(x, dtype) for x in (query, key, value))
-    return attention(*arrays, where=jnp.asarray(where))
+    return reference(*arrays, where=jnp.asarray(where))
 
 
 def test_equals_a_loop():
@@ -116,7 +116,7 @@ def test_rows_that_see_nothing_average_and_stay_finite():
     where[:, 1] = False
     got = attend(where=where)
     arrays = [jnp.asarray(x) for x in (QUERY, KEY, VALUE)]
-    gradient = jax.grad(lambda *x: (attention(*x, where=where) ** 2).sum(), argnums=(0, 1, 2))
+    gradient = jax.grad(lambda *x: (reference(*x, where=where) ** 2).sum(), argnums=(0, 1, 2))
     assert all(bool(jnp.isfinite(slope).all()) for slope in jax.jit(gradient)(*arrays))
     mean = np.repeat(VALUE.mean(axis=1), G, axis=1)
     np.testing.assert_allclose(got[:, 1], mean, rtol=1e-4, atol=1e-6)
@@ -128,7 +128,7 @@ def test_gradient_is_the_slope():
         arrays = tuple(jnp.asarray(x) for x in (QUERY, KEY, VALUE))
         where = jnp.asarray(WHERE)
         check_grads(
-            jax.jit(lambda *arrays: attention(*arrays, where=where)),
+            jax.jit(lambda *arrays: reference(*arrays, where=where)),
             arrays,
             order=1,
             modes=("rev",),
@@ -161,7 +161,7 @@ def test_bfloat16_keeps_its_dtype_and_scores_in_float32():
     np.testing.assert_allclose(got.astype(jnp.float32).reshape(-1), [0.5622] * 4, rtol=2**-8)
 
 
-# In tiles, with a context and one's own key: against one dense mask over both.
+# A context and one's own key beside it, in tiles and not: against one dense mask over both.
 
 LONG = 11  # queries; no tile but the whole divides them
 QUERY_POSITIONS = np.array([[0, 1, 2, 3, 0, 1, 1, 2, 0, 0, 0], [3, 0, 4, 2, 2, 1, 0, 0, 1, 2, 4]])
@@ -180,16 +180,17 @@ def long_arrays() -> dict[str, np.ndarray]:
     return {name: rng.normal(size=(B, *shape)) for name, shape in shapes.items()}
 
 
-def in_tiles(arrays: dict[str, jax.Array], *, own: bool, tile: int) -> jax.Array:
-    places = (jnp.asarray(x) for x in (KEY_POSITIONS, KEY_SEGMENTS))
-    return tiled_attention(
-        arrays["query"],
-        Keys(arrays["key"], arrays["value"], *places),
-        positions=jnp.asarray(QUERY_POSITIONS),
-        segments=jnp.asarray(QUERY_SEGMENTS),
-        own=(arrays["own_key"], arrays["own_value"]) if own else None,
-        tile=tile,
-    )
+def beside(arrays: dict[str, jax.Array], *, own: bool, tile: int | None) -> jax.Array:
+    """The context and one's own key as two parts; tile: None makes all scores."""
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    places = [jnp.asarray(x) for x in (KEY_POSITIONS, KEY_SEGMENTS)]
+    rows = [jnp.asarray(x) for x in (QUERY_POSITIONS, QUERY_SEGMENTS)]
+    extra = (arrays["own_key"], arrays["own_value"]) if own else None
+    if tile is None:
+        where = visible(rows[0], places[0], rows[1], places[1])
+        return attention_reference(query, key, value, where=where, own=extra)
+    at: dict[str, Any] = {"positions": rows[0], "segments": rows[1]}
+    return attention(query, Keys(key, value, *places), own=extra, tile=(tile, tile), **at)[0]
 
 
 def dense_mask(*, own: bool) -> np.ndarray:
@@ -213,26 +214,31 @@ def densely(arrays: dict[str, jax.Array], *, own: bool) -> jax.Array:
     return attention_reference(arrays["query"], key, value, where=jnp.asarray(dense_mask(own=own)))
 
 
-def derivatives(attend: Any, arrays: dict[str, jax.Array]) -> Any:
-    """The output, the gradient of something curved, and its tangent."""
+def derivatives(attend: Any, arrays: dict[str, jax.Array], *, own: bool) -> Any:
+    """The output, the gradient of something curved, and its tangent, where something is seen."""
     rng = np.random.default_rng(2)
     way = {name: jnp.asarray(rng.normal(size=x.shape)) for name, x in arrays.items()}
+    seen = dense_mask(own=own).any(axis=2) & (QUERY_SEGMENTS != 0)
+    seen = jnp.asarray(seen)[:, :, None, None]
     weight = jnp.asarray(rng.normal(size=(B, LONG, H, C)))
 
-    def total(arrays: dict[str, jax.Array]) -> jax.Array:
-        return jnp.sum(jnp.sin(attend(arrays)) * weight)
+    def total(arrays: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        mixed = jnp.where(seen, attend(arrays), 0)
+        return jnp.sum(jnp.sin(mixed) * weight), mixed
 
-    return attend(arrays), *jax.jvp(jax.grad(total), (arrays,), (way,))
+    slope, slope_way, mixed = jax.jvp(
+        jax.grad(total, has_aux=True), (arrays,), (way,), has_aux=True
+    )
+    return mixed, slope, slope_way
 
 
 @pytest.mark.parametrize("own", [True, False])
-@pytest.mark.parametrize("tile", [1, 4, LONG])
-def test_tiles_equal_one_dense_mask(own, tile):
+@pytest.mark.parametrize("tile", [1, 4, LONG, None])
+def test_two_parts_equal_one_dense_mask(own, tile):
     with jax.enable_x64(True):
         arrays = jax.tree.map(jnp.asarray, long_arrays())
-        want = jax.jit(lambda a: derivatives(functools.partial(densely, own=own), a))(arrays)
-        part = functools.partial(in_tiles, own=own, tile=tile)
-        got = jax.jit(lambda a: derivatives(part, a))(arrays)
+        forms = functools.partial(densely, own=own), functools.partial(beside, own=own, tile=tile)
+        want, got = (jax.jit(functools.partial(derivatives, f, own=own))(arrays) for f in forms)
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-12), got, want
         )
@@ -243,9 +249,10 @@ def test_candidates_do_not_see_each_other():
     arrays = {name: jnp.asarray(x, jnp.float32) for name, x in long_arrays().items()}
     for name in ("own_key", "own_value"):
         moved = arrays | {name: arrays[name].at[:, 5].add(1.0)}
-        before, after = (in_tiles(a, own=True, tile=4) for a in (arrays, moved))
-        same = jnp.all(before == after, axis=(0, 2, 3))
-        assert same.tolist() == [i != 5 for i in range(LONG)]
+        for tile in (4, None):
+            before, after = (beside(a, own=True, tile=tile) for a in (arrays, moved))
+            same = jnp.all(before == after, axis=(0, 2, 3))
+            assert same.tolist() == [i != 5 for i in range(LONG)]
 
 
 def test_memory_is_linear_in_the_length():
@@ -255,9 +262,8 @@ def test_memory_is_linear_in_the_length():
 
         def total(query: jax.Array, key: jax.Array, own: jax.Array) -> jax.Array:
             context = Keys(key, key, places, places * 0 + 1)
-            mixed = tiled_attention(
-                query, context, positions=places, segments=places * 0 + 1, own=(own, own), tile=tile
-            )
+            at: dict[str, Any] = {"positions": places, "segments": places * 0 + 1}
+            mixed, _ = attention(query, context, own=(own, own), tile=(tile, tile), **at)
             return jnp.sum(mixed**2)
 
         def tangent(*arrays: jax.Array) -> Any:  # forward over reverse, as a descent step does it

@@ -15,7 +15,7 @@ from jaxlib_methods.pallas_kernels.attention import (
     SHARED_SEGMENT,
     Keys,
     attention,
-    tiled_attention,
+    attention_reference,
     visible,
 )
 from jaxlib_methods.pallas_kernels.dispatch import interpreted, lowering_for
@@ -266,13 +266,13 @@ def test_a_key_of_ones_own_joins_through_the_log_sum_exp():
             return attention(query, context, own=(own[0], own[1]), tile=case.tile, **sight)
 
         def dense(*arrays: jax.Array) -> Arrays:
-            # Values of C features for the tiles in plain JAX, and a feature to find the sum with:
+            # Values of C features for all scores, and a feature to find the sum with:
             # where it is 1 for the own key alone, the output is that key's share.
             query, key, value, *own = arrays
             value = jnp.pad(value, [(0, 0)] * 3 + [(0, C - E)])
             shares = jnp.pad(own[1], [(0, 0)] * 3 + [(0, C - E)], constant_values=1)
-            context = Keys(key, value, case.key_positions, case.key_segments)
-            mixed = tiled_attention(query, context, own=(own[0], shares), **sight)
+            where = visible(case.positions, case.key_positions, case.segments, case.key_segments)
+            mixed = attention_reference(query, key, value, where=where, own=(own[0], shares))
             score = jnp.sum(query * jnp.repeat(own[0], G, axis=2), axis=-1) / C**0.5
             return mixed[..., :E], score - jnp.log(mixed[..., -1])
 
