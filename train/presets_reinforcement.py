@@ -205,8 +205,8 @@ PRESETS: dict[str, Preset] = {
         ),
         hardware="2 CPU cores",
         time="1 min behind its warm-up",
-        result="parity of 8 bits, 3 seeds: accuracy 0.76 to 0.96 (0.91 to 0.99), thoughts follow the "
-        "budget, 14 to 9",
+        result="parity of 8 bits, 3 seeds: accuracy 0.76 to 0.96 (0.91 to 0.99), thoughts follow "
+        "the budget, 14 to 9",
     ),
     "reinforcement_midtraining_parity_rlp": Preset(
         config=_policy(
@@ -215,8 +215,8 @@ PRESETS: dict[str, Preset] = {
         ),
         hardware="2 CPU cores",
         time="1 min behind its warm-up",
-        result="parity of 8 bits, 3 seeds: right behind a thought 0.63 to 0.99, nats that it brings "
-        "0.64 to 1.40 where 0.69 are honest",
+        result="parity of 8 bits, 3 seeds: right behind a thought 0.63 to 0.99, nats that it "
+        "brings 0.64 to 1.40 where 0.69 are honest",
     ),
     "reinforcement_midtraining_questions": Preset(
         config=_policy(
