@@ -6,6 +6,7 @@ of one run, not the milliseconds of two.
 """
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -27,6 +29,8 @@ CALLS = flags.DEFINE_integer("calls", 5, "Timed calls in a turn.", lower_bound=1
 Candidate = Callable[[], Any]  # one call; gives something to wait for
 Times = dict[str, np.ndarray]  # candidate -> milliseconds per call, one number a round
 
+_BOUNDS = _FLOPS, _BYTES = "its FLOPs alone", "its bytes alone"
+_SIDE = 1024  # of the weight in the product that is timed
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _HEADER = (
     "candidate",
@@ -65,6 +69,27 @@ def _turn(candidate: Candidate) -> float:
         result = candidate()
     jax.block_until_ready(result)
     return (time.perf_counter() - started) / CALLS.value * 1e3
+
+
+def bounds(flops: float, moved: float, dtype: Any) -> dict[str, Candidate]:
+    """The two sides of a roofline, to be measured beside what does that work.
+
+    One is a matrix product in `dtype` of as many operations, the other a negation that reads and
+    writes as many bytes.
+    """
+    left = jnp.ones((max(1, round(flops / (2 * _SIDE**2))), _SIDE), dtype)
+    line = jnp.ones(max(1, round(moved / 8)), jnp.float32)
+    return {
+        _FLOPS: functools.partial(jax.jit(jnp.matmul), left, jnp.ones((_SIDE, _SIDE), dtype)),
+        _BYTES: functools.partial(jax.jit(jnp.negative), line),
+    }
+
+
+def report_roofline(times: Times) -> None:
+    """Prints which share of each candidate's time the slower of its `bounds` takes."""
+    least = np.maximum(times[_FLOPS], times[_BYTES])
+    shares = {name: np.median(least / t) for name, t in times.items() if name not in _BOUNDS}
+    print("\nOf the roofline: " + ", ".join(f"{name} {x:.2f}" for name, x in shares.items()))
 
 
 def fastest(times: Times, names: list[str]) -> str:
@@ -119,7 +144,9 @@ def _device() -> str:
 
 
 def _versions() -> str:
-    used = ["jax"] + [name for name in ("torch", "transformers", "trl") if name in sys.modules]
+    used = ["jax"] + [
+        name for name in ("torch", "transformers", "trl", "tokamax") if name in sys.modules
+    ]
     return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in used)
 
 

@@ -1,13 +1,13 @@
 """The elementwise end of a recurrent block, with its own derivative and with JAX's.
 
     python tests/benchmarks/recurrent_tail.py
-    python tests/benchmarks/recurrent_tail.py --tokens=8192 --width=768 --bandwidth=...
+    python tests/benchmarks/recurrent_tail.py --tokens=8192 --width=768
 
 Measured: value and gradient of a chain of `--steps` steps, in which `recurrent_tail` stands between
 two matrix products of the width (`tail`). Against: `recurrent_tail_reference` with JAX's derivative
 (`plain`). Temporaries are what the compiler reserves. Counted by hand, of N tokens and width D: the
 products cost 3 * 6 N D^2 operations a step; the tail alone reads 4 and writes 2 arrays forward, and
-reads 6 and writes 4 in its derivative; `--bandwidth` GB/s gives its share of a step.
+reads 6 and writes 4 in its derivative.
 Goal: temporaries of `tail` at most 0.9 of those of `plain`.
 """
 
@@ -26,8 +26,8 @@ from jaxlib_methods.pallas_kernels.recurrent_tail import recurrent_tail, recurre
 _TOKENS = flags.DEFINE_integer("tokens", 64 * 20, "Tokens; the default is the preset's batch.")
 _WIDTH = flags.DEFINE_integer("width", 128, "Width of the state.")
 _STEPS = flags.DEFINE_integer("steps", 8, "Steps of the chain.")
-_BANDWIDTH = flags.DEFINE_float("bandwidth", None, "GB/s of this device's memory.")
 GOAL, MEGABYTE = 0.9, 2**20
+PRODUCTS = 3 * 6  # operations of a step in N D^2
 ARRAYS = 6 + 10  # that the tail and its derivative read or write
 
 
@@ -63,14 +63,15 @@ def main(_: list[str]) -> None:
         memory[name] = analysis.temp_size_in_bytes / MEGABYTE
     values = [float(program(params, state)[0]) for program in programs.values()]
     np.testing.assert_allclose(*values, rtol=1e-3)
-    calls = {name: functools.partial(program, params, state) for name, program in programs.items()}
-    times = harness.measure(calls)
+    calls: dict[str, harness.Candidate] = {
+        name: functools.partial(program, params, state) for name, program in programs.items()
+    }
+    flops, moved = PRODUCTS * N * D**2 * _STEPS.value, ARRAYS * state.nbytes * _STEPS.value
+    times = harness.measure(calls | harness.bounds(flops, moved, state.dtype))
     title = f"{_STEPS.value} steps: {N} tokens, width {D}"
     harness.report(title, times, reference="plain", tokens_per_call=N)
+    harness.report_roofline(times)
     print("\nTemporaries: " + ", ".join(f"{n} {m:.1f} MiB" for n, m in memory.items()))
-    if _BANDWIDTH.value is not None:
-        least = ARRAYS * 4 * N * D * _STEPS.value / _BANDWIDTH.value / 1e6
-        print(f"The tails' own traffic: {least / np.median(times['tail']):.2f} of the time")
     harness.check_goal("temporaries, tail / plain", memory["tail"] / memory["plain"], limit=GOAL)
 
 

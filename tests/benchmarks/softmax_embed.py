@@ -7,9 +7,9 @@ Measured: `softmax_embed` (`embed`), the step y' = y - alpha dE/dy of an energy 
 (`step`), and the gradient of a loss of y' in logits and table (`gradient`), as `auto` chooses.
 Against: `softmax_embed_reference` and JAX's derivatives. Temporaries are what the compiler reserves
 beyond arguments and results. Counted by hand, of N tokens, V classes and width D: 2, 4 and 14 N V D
-operations; `--peak` GFLOP/s and `--bandwidth` GB/s give the roofline, with the logits float32: read
-once, read twice and written once, and read six times and written three times, the table once in
-each sweep. Goal: temporaries of the step stay below a tenth of an array of the logits.
+operations; the roofline's bytes are the float32 logits, read once, read twice and written once, and
+read six times and written three times, and the table once in each sweep. Goal: temporaries of the
+step stay below a tenth of an array of the logits.
 """
 
 import functools
@@ -19,7 +19,6 @@ from typing import Any
 import harness
 import jax
 import jax.numpy as jnp
-import numpy as np
 from absl import app, flags
 
 from jaxlib_methods.pallas_kernels.softmax_embed import (
@@ -33,8 +32,6 @@ _SHAPES = flags.DEFINE_multi_string(
     ["512,384,50304,float32", "512,384,50304,bfloat16"],
     "Tokens, width, vocabulary and the table's dtype; may be given several times.",
 )
-_PEAK = flags.DEFINE_float("peak", None, "GFLOP/s of this device's matrix products in this dtype.")
-_BANDWIDTH = flags.DEFINE_float("bandwidth", None, "GB/s of this device's memory.")
 ALPHA, GOAL, MEGABYTE = 0.5, 0.1, 2**20
 
 PRODUCTS = {"embed": 2, "step": 4, "gradient": 14}  # in N V D
@@ -69,15 +66,6 @@ def operation(what: str, step: Step, embed: Callable[..., Any]) -> Callable[...,
     return jax.grad(lambda *x: jnp.sin(step(*x)).sum(), argnums=(0, 1))
 
 
-def roofline(what: str, tokens: int, width: int, vocabulary: int, itemsize: int) -> float | None:
-    """Milliseconds; None where a rate is not given."""
-    if _PEAK.value is None or _BANDWIDTH.value is None:
-        return None
-    flops = PRODUCTS[what] * tokens * vocabulary * width
-    moved = 4 * LOGITS[what] * tokens * vocabulary + SWEEPS[what] * vocabulary * width * itemsize
-    return max(flops / _PEAK.value, moved / _BANDWIDTH.value) / 1e6
-
-
 def compare(tokens: int, width: int, vocabulary: int, dtype: str) -> None:
     """Prints the rows, the temporaries and the goal of one shape."""
     keys = jax.random.split(jax.random.key(0), 3)
@@ -92,18 +80,20 @@ def compare(tokens: int, width: int, vocabulary: int, dtype: str) -> None:
             name: jax.jit(operation(what, *ops)).lower(*arrays).compile()
             for name, ops in candidates.items()
         }
-        calls = {name: functools.partial(program, *arrays) for name, program in programs.items()}
-        times = harness.measure(calls)
+        calls: dict[str, harness.Candidate] = {
+            name: functools.partial(program, *arrays) for name, program in programs.items()
+        }
+        flops = PRODUCTS[what] * tokens * vocabulary * width
+        moved = LOGITS[what] * logits.nbytes + SWEEPS[what] * table.nbytes
+        times = harness.measure(calls | harness.bounds(flops, moved, dtype))
         harness.report(f"{what}: {shape}", times, reference="plain", tokens_per_call=tokens)
+        harness.report_roofline(times)
         memory = {}
         for name, program in programs.items():
             analysis: Any = program.memory_analysis()
             memory[name] = analysis.temp_size_in_bytes / MEGABYTE
         print("\nTemporaries: " + ", ".join(f"{n} {m:.1f} MiB" for n, m in memory.items()))
         shares[what] = memory["tiles"] * MEGABYTE / logits.nbytes
-        least = roofline(what, tokens, width, vocabulary, table.dtype.itemsize)
-        if least is not None:
-            print(f"Of the roofline: {least / np.median(times['tiles']):.2f}")
     harness.check_goal("temporaries of the step in arrays of logits", shares["step"], limit=GOAL)
 
 
