@@ -71,8 +71,10 @@ def analyse(config: RunConfig, target: Target, *, evaluation: bool = True) -> Re
     """
     started = time.perf_counter()
     mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices)
-    program = program_of(config, mesh)
-    tokens, platform = config.data.batch_size * program.length, target.devices[0].platform
+    platform = target.devices[0].platform
+    with dispatch.lowering_for(platform):  # shapes are found by tracing the model
+        program = program_of(config, mesh)
+    tokens = config.data.batch_size * program.length
     with jax.set_mesh(mesh), dispatch.lowering_for(platform), _captured_log() as log:
         executed = _executed_flops(program)
         compiled, needed = _compile(program.step, program.arguments, platform)

@@ -43,7 +43,7 @@ class Stopwatch:
         watch = Stopwatch(started)
         with watch("evaluation"):
             ...
-        watch.read()  # {"time/evaluation_secs": 3.1, "time/step_secs": 60.2, ...}
+        watch.read()  # {"time/evaluation_secs": 3.1, "time/steps_secs": 60.2, ...}
 
     started: `time.perf_counter()` where the run began.
     """

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_methods.models import partitioning
+from jaxlib_methods.pallas_kernels import dispatch
 from jaxlib_methods.train import (
     compile_only,
     compile_report,
@@ -260,6 +262,21 @@ def test_memory_by_hand(tiny: Callable[..., RunConfig], compile_once: None, tmp_
     assert memory.missing == 0
 
 
+def test_shapes_are_found_for_the_platform_that_is_compiled_for(
+    tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Models are traced for that: kernels asked for by name are known there, if not here."""
+
+    def program_of(*_: Any) -> None:
+        raise InterruptedError(dispatch.platform())
+
+    monkeypatch.setattr(compile_only, "program_of", program_of)
+    monkeypatch.setattr(partitioning, "make_mesh", lambda **_: None)
+    device = types.SimpleNamespace(platform="tpu")
+    with pytest.raises(InterruptedError, match="tpu"):
+        compile_only.analyse(tiny(tmp_path), compile_only.Target("v5e:1x1", [device], None))
+
+
 def test_held_bytes_are_those_of_the_shards():
     mesh = partitioning.make_mesh(data=2, fsdp=4)
     cut = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
@@ -473,6 +490,17 @@ def test_a_pod_is_compiled_for_without_one(tiny: Callable[..., RunConfig], tmp_p
     assert report.cost.unknown_loops == 0
     assert report.roofline is not None
     assert 0 < report.memory.peak < report.memory.evaluation + report.memory.peak < 2 * GIB
+
+
+@needs_libtpu
+@pytest.mark.parametrize("method", ["next_token", "energy"])
+def test_kernels_asked_for_by_name_are_compiled_for_a_pod(
+    method: str, tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    forms = {"attention_implementation": "pallas", "max_length": 128, "sequence_length": 128}
+    config = tiny(tmp_path, method=method, data=1, fsdp=4, batch_size=4, embed_dim=128, **forms)
+    report = compile_only.analyse(config, compile_only.target_of("v5e:2x2"), evaluation=False)
+    assert report.cost is not None
 
 
 @needs_libtpu
