@@ -160,8 +160,7 @@ def filter_logits(
 
     logits: `[..., V]`, tempered. Returns the same shape.
     """
-    order = jnp.argsort(logits, axis=-1, descending=True, stable=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
+    ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     keep = rank < jnp.where(jnp.asarray(top_k) > 0, top_k, logits.shape[-1])
     prob = jax.nn.softmax(jnp.where(keep, ranked, -jnp.inf), axis=-1)
@@ -169,7 +168,13 @@ def filter_logits(
     # Rounded sums reach 1 before the last token: top_p = 1 must be a switch, not a comparison.
     keep &= (before < top_p) | (jnp.asarray(top_p) >= 1) | (rank == 0)
     keep &= prob >= min_p * prob[..., :1]
-    keep = jnp.take_along_axis(keep, jnp.argsort(order, axis=-1), axis=-1)
+    # The first so many are kept: those above the last of them, and of its equals the lower ids.
+    # Sorting the values alone takes half the time of sorting them with their ids and back.
+    count = keep.sum(axis=-1, keepdims=True)
+    last = jnp.take_along_axis(ranked, count - 1, axis=-1)
+    above, equal = logits > last, logits == last
+    left = count - above.sum(axis=-1, keepdims=True)
+    keep = above | (equal & (jnp.cumsum(equal, axis=-1) <= left))
     return jnp.where(keep, logits, -jnp.inf)
 
 

@@ -85,11 +85,12 @@ def bounds(flops: float, moved: float, dtype: Any) -> dict[str, Candidate]:
     }
 
 
-def report_roofline(times: Times) -> None:
-    """Prints which share of each candidate's time the slower of its `bounds` takes."""
+def report_roofline(times: Times) -> dict[str, float]:
+    """Prints and returns which share of each candidate's time the slower of its `bounds` takes."""
     least = np.maximum(times[_FLOPS], times[_BYTES])
-    shares = {name: np.median(least / t) for name, t in times.items() if name not in _BOUNDS}
+    shares = {name: float(np.median(least / t)) for name, t in times.items() if name not in _BOUNDS}
     print("\nOf the roofline: " + ", ".join(f"{name} {x:.2f}" for name, x in shares.items()))
+    return shares
 
 
 def fastest(times: Times, names: list[str]) -> str:
