@@ -249,7 +249,7 @@ def tiles_in_sight(plan: Plan, places: Places) -> jax.Array:
 
     queries = (places.query_positions, places.query_segments)
     cut = tuple(jnp.moveaxis(x.reshape(B, R // plan.rows, plan.rows), 1, 0) for x in queries)
-    if plan.loop == "gpu":  # which fuses it; a loop would be launches, one after another
+    if plan.loop != "xla":  # GPUs and TPUs fuse it; a loop would be steps, one after another
         return jax.vmap(row, out_axes=1)(cut)
     return jnp.moveaxis(jax.lax.map(row, cut), 0, 1)
 

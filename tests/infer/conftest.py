@@ -1,7 +1,6 @@
 """Small random models, as they would be restored."""
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -110,14 +109,6 @@ def thoughts_on(devices: list[Any], **sizes: int) -> Restored:
         train=TrainConfig(num_steps=10),
     )
     return Restored(run, SMALL, params, ByteTokenizer(), 10, mesh, 0, (0,))
-
-
-@pytest.fixture(scope="module")
-def compile_sooner() -> Iterator[None]:
-    """Programs of a file that are compiled faster and run slower."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

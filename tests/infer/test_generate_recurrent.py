@@ -31,13 +31,6 @@ PROMPTS = ["a fox", "", "over the dog"]
 SETTINGS: dict[str, Any] = {"max_new_tokens": 7, "sampling": HOT, "seed": 5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_sooner() -> Any:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def restored() -> Restored:
     """Random weights whose core contracts: a state forgets where it began."""

@@ -26,7 +26,6 @@ from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("compile_sooner")
 GREEDY = SamplingConfig(temperature=0.0)
 PROMPTS = ["01101001=", "1=", "0000="]
 ASKED = ReasonConfig(budget=4, temperature=0.0)

@@ -34,7 +34,6 @@ from jaxlib_methods.train.config import CheckpointConfig, RunConfig
 from jaxlib_methods.train.run_record import Record
 from jaxlib_methods.train.state import TrainState
 
-pytestmark = pytest.mark.usefixtures("compile_sooner")
 BUDGETS = (0, 1, 3, 6)
 THINK, CLOSE = 2, 3
 

@@ -45,13 +45,6 @@ RUN = RunConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_sooner() -> Any:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def run() -> Restored:
     """A classifier of random weights, whose answers differ."""

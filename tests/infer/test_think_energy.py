@@ -33,13 +33,6 @@ from jaxlib_methods.train.state import TrainState
 ASKED = ThinkConfig(num_steps=3, num_candidates=2, stop="energy", tolerance=5.0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_sooner() -> Any:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     folder = tmp_path_factory.mktemp("text")

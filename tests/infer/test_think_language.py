@@ -43,13 +43,6 @@ MOST = 6
 ASKED = DepthConfig(num_steps=MOST, exit="latent", tolerance=0.2)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compile_sooner() -> Any:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def cfg(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
     folder = tmp_path_factory.mktemp("text")

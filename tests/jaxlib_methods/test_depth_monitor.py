@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -36,13 +35,6 @@ CONFIGS: dict[str, Any] = {
 }
 KEY = jax.random.key(4)
 WHERE = np.array([[1, 1, 1, 1, 0, 1], [1, 1, 1, 0, 0, 0]], bool)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def build(name: str, model: TransformerConfig = MODEL) -> Method:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -28,13 +27,6 @@ SIZES: dict[str, Any] = {
     "logic": {"max_length": 16},
 }
 STEP = jnp.int32(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def config(task: Any = "reachability", **fields: Any) -> DepthRecurrenceConfig:

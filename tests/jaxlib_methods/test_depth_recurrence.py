@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,13 +34,6 @@ MODEL = TransformerConfig(
 CFG = DepthRecurrenceConfig(eval_steps=(2, 5))
 STEP = jnp.int32(0)
 KEY = jax.random.key(4)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def build(cfg: DepthRecurrenceConfig = CFG, model: TransformerConfig = MODEL) -> Method:

@@ -39,11 +39,8 @@ KEY = jax.random.key(5)
 
 @pytest.fixture(autouse=True)
 def float64():
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)  # compiles sooner
     with jax.enable_x64(True):
         yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def make_batch(length=L, rows=B, seed=0):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -27,13 +26,6 @@ SIZES: dict[str, Any] = {"image_size": 8, "patch_size": 2, "channels": 1}
 CFG = EnergyImageConfig(**SIZES, step_size=40.0)
 NOISE = DiffusionImageConfig(**SIZES)
 STEP: dict[str, Any] = {"step": jnp.int32(0), "key": jax.random.key(0)}
-
-
-@pytest.fixture(autouse=True)
-def _compile_sooner() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def no_teacher(source: str, *, weights: bool = True, dtype: str | None = None) -> Any:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -32,13 +31,6 @@ MODEL = energy.model_config(TRUNK, RUN)
 TOKENS: Any = np.random.default_rng(0).integers(0, V, (B, L)).astype(np.int32)
 POSITIONS: Any = np.broadcast_to(np.arange(L, dtype=np.int32), (B, L))
 ONES: Any = np.ones((B, L), np.int32)
-
-
-@pytest.fixture(autouse=True)
-def _compile_sooner() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -35,13 +34,6 @@ step = jax.jit(dr.step, static_argnums=0)
 embed = jax.jit(dr.embed, static_argnums=0)
 readout = jax.jit(dr.readout, static_argnums=0)
 iterate = jax.jit(dr.iterate, static_argnums=0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache

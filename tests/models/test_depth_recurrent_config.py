@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,13 +17,6 @@ from jaxlib_methods.models.config import TransformerConfig
 MODEL = TransformerConfig(embed_dim=8, num_heads=2, mlp_dim=12, compute_dtype="float32")
 SIZES: dict[str, Any] = {"vocab_size": 9, "max_steps": 4}
 GRAPH = dr.DepthRecurrentConfig.of(MODEL, activation="relu", roles=True, **SIZES)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation() -> Iterator[None]:
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def init(cfg: dr.DepthRecurrentConfig, key: jax.Array) -> dict:

@@ -1,6 +1,6 @@
 """Attention's kernels for Hopper: interpreted against the loops, lowered, compiled for an H200."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -38,14 +38,6 @@ FORMULAS = {
 ROWS, COLUMNS = 128, 128
 
 
-@pytest.fixture
-def _quick_compiler() -> Iterator[None]:
-    """An interpreted kernel is a program that runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def places() -> Places:
     """The last keys are ahead of every query, the first is everybody's, some are nobody's."""
     rows, columns = np.arange(ROWS) + 30, np.arange(COLUMNS)
@@ -58,7 +50,6 @@ def places() -> Places:
 
 
 @interpretable
-@pytest.mark.usefixtures("_quick_compiler")
 @pytest.mark.parametrize("name", FORMULAS)
 def test_sums_are_those_of_plain_loops(name):
     from jaxlib_methods.pallas_kernels.attention import gpu
@@ -84,7 +75,6 @@ def test_sums_are_those_of_plain_loops(name):
 
 
 @interpretable
-@pytest.mark.usefixtures("_quick_compiler")
 def test_attention_runs_them_by_name():
     # Grouped heads of sizes that no tile has, padding that holds NaN.
     rng = np.random.default_rng(0)
