@@ -43,9 +43,10 @@ class TransformerConfig:
     loss_implementation: how losses of next tokens are computed. `logits` makes an array of tokens
         times vocabulary; `xla` makes none, in tiles of the vocabulary, and `pallas` none by a
         kernel; `auto` what was measured to be faster.
-    attention_implementation: how a pass without a cache attends. `plain` makes all scores, `xla`
-        and `pallas` none but those of a tile; `auto` what was measured, in float32, to be no
-        slower, and tiles for energies of more than 256 candidates, whose scores fill memory.
+    attention_implementation: how whole sequences, and candidates to theirs, attend. `plain` makes
+        all scores, `xla` and `pallas` none but those of a tile; `auto` what was measured, in
+        float32, to be no slower, and tiles for energies of more than 256 candidates, whose scores
+        fill memory.
 
     A `recurrence` above 0 makes the model recurrent in depth (arXiv 2502.05171, see
     `models.recurrent_depth`): of its `num_layers` blocks the first and the last run once, those

@@ -160,6 +160,8 @@ def filter_logits(
 
     logits: `[..., V]`, tempered. Returns the same shape.
     """
+    # What is sorted and what is compared to it below must be the same to the last bit.
+    logits = jax.lax.optimization_barrier(logits)
     ranked = jnp.sort(logits, axis=-1, descending=True)
     rank = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
     keep = rank < jnp.where(jnp.asarray(top_k) > 0, top_k, logits.shape[-1])
@@ -169,7 +171,7 @@ def filter_logits(
     keep &= (before < top_p) | (jnp.asarray(top_p) >= 1) | (rank == 0)
     keep &= prob >= min_p * prob[..., :1]
     # The first so many are kept: those above the last of them, and of its equals the lower ids.
-    # Sorting the values alone takes half the time of sorting them with their ids and back.
+    # Values alone are sorted sooner than with their ids and back.
     count = keep.sum(axis=-1, keepdims=True)
     last = jnp.take_along_axis(ranked, count - 1, axis=-1)
     above, equal = logits > last, logits == last

@@ -1,6 +1,7 @@
-"""Attention of whole sequences: all scores at once, or in tiles on each device.
+"""Attention of sequences, and of candidates to a sequence: all scores, or tiles on each device.
 
-`TransformerConfig.attention_implementation` says which. Decoding with a cache has its own form.
+`TransformerConfig.attention_implementation` says which. Decoding a language model with a cache has
+its own form, `attend_parts`.
 """
 
 # Dimension key: B batch, L sequence, M keys, H query heads, K key heads, C head size.
@@ -61,7 +62,7 @@ def _in_tiles(cfg: TransformerConfig, length: int, *, twice: bool) -> bool:
     known = "nowhere" if least is None else f"from {least} tokens on"
     reason = f"tiles are known to be no slower on {here} {known}, this is {length}"
     if fills and not wins:
-        reason += f"; scores of more than {MOST_TWICE}, differentiated twice, fill memory"
+        reason += f"; scores of more than {MOST_TWICE} queries, differentiated twice, fill memory"
     dispatch.log_once("self-attention", "tiles" if wins or fills else "plain", reason)
     return wins or fills
 
@@ -99,8 +100,8 @@ def attend(
         return on_each(query, key, value, where, own)
     if heads != cut_axes(key, "batch", None, "kv_heads", None)[2]:
         # The fewest copies of key heads that as many devices as share the query heads can share.
-        num_heads = key.shape[2]
-        copies = math.lcm(num_heads, math.prod(axis_size(axis) for axis in heads)) // num_heads
+        key_heads = key.shape[2]
+        copies = math.lcm(key_heads, math.prod(axis_size(axis) for axis in heads)) // key_heads
         key, value, own = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=2), (key, value, own))
     of_queries, of_keys = PartitionSpec(batch, rows, heads), PartitionSpec(batch, None, heads)
     places, key_places = PartitionSpec(batch, rows), PartitionSpec(batch)

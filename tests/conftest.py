@@ -21,8 +21,7 @@ if not os.environ.get("JAX_PLATFORMS"):
     jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Most of the time goes to compilation: a third less. Programs in processes of their own, as users
-# start them, stay optimised.
+# The tests' time is that of compiling, a third of which is for optimisations; see `optimised`.
 jax.config.update("jax_disable_most_optimizations", True)
 
 _ORACLE_MISSING = [
@@ -35,6 +34,14 @@ def _forget_programs() -> Iterator[None]:
     """Drops a file's compiled programs: they hold memory maps, of which a process has 65,530."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def optimised() -> Iterator[None]:
+    """Compiles as users do: for tests of what a compiler makes of a program."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 def pytest_report_header() -> list[str]:

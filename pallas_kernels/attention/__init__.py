@@ -108,7 +108,7 @@ def attention(
         for x in attend(plan, Places(*place, *key_place), q, key, value)
     )
     if own is not None:
-        mixed, lse = _with_own(query, *own, mixed, lse)
+        mixed, lse = _with_own(*(_existing(x, segments) for x in (query, *own)), mixed, lse)
     return mixed.astype(query.dtype), lse[..., 0]
 
 

@@ -217,10 +217,23 @@ def _where_asked(linear: Any, found: Any) -> list[Any]:
     return [y if ad.is_undefined_primal(x) else None for x, y in pairs]
 
 
+def _refuse(primitive: Primitive) -> Callable[..., Any]:
+    def jvp(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            f"{primitive} has no derivative: attention in tiles is differentiated twice at most, "
+            "first in reverse; attention_reference (--model.attention_implementation=plain) has "
+            "all derivatives"
+        )
+
+    return jvp
+
+
 ad.primitive_jvps[attend_p] = _attend_jvp
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 ad.primitive_jvps[backward_p] = _backward_jvp
 ad.primitive_transposes[backward_tangent_p] = _backward_tangent_transpose
+for _last in (tangent_p, backward_tangent_p, double_backward_p):
+    ad.primitive_jvps[_last] = _refuse(_last)
 
 
 def attend(

@@ -238,6 +238,10 @@ FORWARD = Formula(forward, merge, (0.0, 0.0, MASKED_SCORE))
 
 def tiles_in_sight(plan: Plan, places: Places) -> jax.Array:
     """bool `[B, R / rows, M / columns]`: tiles in which some query sees some key."""
+    if plan.loop == "tpu":
+        # Its compiler (libtpu 0.0.42.1) may fuse the cut of two joined axes with the comparison,
+        # and then ends with "Reshape should have supported layout before reaching the emitter".
+        places = jax.lax.optimization_barrier(places)
     B, R = places.query_positions.shape
     M = places.key_positions.shape[1]
 

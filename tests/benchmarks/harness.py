@@ -29,8 +29,8 @@ CALLS = flags.DEFINE_integer("calls", 5, "Timed calls in a turn.", lower_bound=1
 Candidate = Callable[[], Any]  # one call; gives something to wait for
 Times = dict[str, np.ndarray]  # candidate -> milliseconds per call, one number a round
 
-_BOUNDS = _FLOPS, _BYTES = "its FLOPs alone", "its bytes alone"
-_SIDE = 1024  # of the weight in the product that is timed
+_FLOPS, _BYTES = "its FLOPs alone", "its bytes alone"
+_SIDE = 1024  # at most, of the weight in the product that is timed
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _HEADER = (
     "candidate",
@@ -72,23 +72,26 @@ def _turn(candidate: Candidate) -> float:
 
 
 def bounds(flops: float, moved: float, dtype: Any) -> dict[str, Candidate]:
-    """The two sides of a roofline, to be measured beside what does that work.
+    """The sides of a roofline, to be measured beside what does that work.
 
-    One is a matrix product in `dtype` of as many operations, the other a negation that reads and
-    writes as many bytes.
+    One is a matrix product in `dtype` of as many operations, if there are any, the other a negation
+    that reads and writes as many bytes.
     """
-    left = jnp.ones((max(1, round(flops / (2 * _SIDE**2))), _SIDE), dtype)
     line = jnp.ones(max(1, round(moved / 8)), jnp.float32)
-    return {
-        _FLOPS: functools.partial(jax.jit(jnp.matmul), left, jnp.ones((_SIDE, _SIDE), dtype)),
-        _BYTES: functools.partial(jax.jit(jnp.negative), line),
-    }
+    found = {_BYTES: functools.partial(jax.jit(jnp.negative), line)}
+    if flops:
+        side = min(_SIDE, round((flops / 2) ** (1 / 3)))  # no weight larger than what it multiplies
+        left = jnp.ones((round(flops / (2 * side**2)), side), dtype)
+        weight = jnp.ones((side, side), dtype)
+        found[_FLOPS] = functools.partial(jax.jit(jnp.matmul), left, weight)
+    return found
 
 
 def report_roofline(times: Times) -> dict[str, float]:
     """Prints and returns which share of each candidate's time the slower of its `bounds` takes."""
-    least = np.maximum(times[_FLOPS], times[_BYTES])
-    shares = {name: float(np.median(least / t)) for name, t in times.items() if name not in _BOUNDS}
+    sides = {_FLOPS, _BYTES} & times.keys()
+    least = np.max([times[side] for side in sides], axis=0)
+    shares = {name: float(np.median(least / t)) for name, t in times.items() if name not in sides}
     print("\nOf the roofline: " + ", ".join(f"{name} {x:.2f}" for name, x in shares.items()))
     return shares
 

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 Op = Callable[..., Any]
-BUNDLED = "bundled with JAX"
 
 
 def attention() -> dict[str, Op]:
@@ -27,7 +26,7 @@ def attention() -> dict[str, Op]:
         found["tokamax in chunks"] = lambda arrays: attend(*arrays, implementation="xla_chunked")
     bundled = {"tpu": _flash_attention, "gpu": _attention_mgpu}.get(jax.default_backend())
     if bundled:
-        found[BUNDLED] = bundled
+        found["bundled with JAX"] = bundled
     return found
 
 

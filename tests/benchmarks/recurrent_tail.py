@@ -7,7 +7,8 @@ Measured: value and gradient of a chain of `--steps` steps, in which `recurrent_
 two matrix products of the width (`tail`). Against: `recurrent_tail_reference` with JAX's derivative
 (`plain`). Temporaries are what the compiler reserves. Counted by hand, of N tokens and width D: the
 products cost 3 * 6 N D^2 operations a step; the tail alone reads 4 and writes 2 arrays forward, and
-reads 6 and writes 4 in its derivative.
+reads 6 and writes 4 in its derivative. The roofline has the operations of the products and the
+bytes of the tails.
 Goal: temporaries of `tail` at most 0.9 of those of `plain`.
 """
 

@@ -195,11 +195,8 @@ def test_a_recurrent_teacher_has_its_last_layer_only():
 def test_evaluation_takes_the_usual_number_of_iterations():
     cfg = changed(student_layer="late")
     loss = make_loss(cfg, STUDENT, PLAIN, stop=STOP, evaluate=True)
-    run = jax.jit(
-        lambda p, key: loss(
-            p, {"teacher": PARAMS[PLAIN]}, BATCH, step=jnp.int32(0), key=key
-        ),
-    )  # fmt: skip
+    frozen = {"teacher": PARAMS[PLAIN]}
+    run = jax.jit(lambda p, key: loss(p, frozen, BATCH, step=jnp.int32(0), key=key))
     key = key_of(1)  # which training would take
     want = cosine(states(STUDENT, np.int32(4), key)[0], hidden_of_teacher())
     _, metrics = run(PARAMS[STUDENT], key)

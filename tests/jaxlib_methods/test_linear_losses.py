@@ -33,7 +33,6 @@ PLAIN = TransformerConfig(
 RECURRENT = dataclasses.replace(PLAIN, num_layers=3, recurrence=2, tie_embeddings=True)
 TEACHER = dataclasses.replace(PLAIN, embed_dim=8, tie_embeddings=True)
 B, L = 4, 8
-# Time goes into compilation.
 
 
 @pytest.fixture(autouse=True)

@@ -449,9 +449,7 @@ def test_validation(cfg: ReinforcementMidtrainingConfig, monkeypatch: pytest.Mon
         return score(setting, params, baseline, thoughts, budget)
 
     monkeypatch.setattr(rmt, "score", watched)
-    both = jax.jit(
-        lambda params: (evaluate(params, run.extra, batch)[1], tuple(scored)),
-    )
+    both = jax.jit(lambda params: (evaluate(params, run.extra, batch)[1], tuple(scored)))
     found, (thoughts, *others) = both(PARAMS)
     loss = next_token.make_loss(MODEL)
     _, plain = loss(PARAMS, (), batch, step=jnp.int32(0), key=KEY)

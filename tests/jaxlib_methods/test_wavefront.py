@@ -235,8 +235,7 @@ def test_append_ends_at_stop_tokens_and_at_the_end():
         jnp.array([False, False, True, False]),
     )
     new = jnp.array([[5, 9, 5], [5, 6, 7], [5, 6, 7], [3, 3, 3]])
-    quick = jax.jit(append)
-    found = quick(draws_of(GREEDY, (9,)), text, new, jnp.array([3, 2, 3, 1]))
+    found = jax.jit(append)(draws_of(GREEDY, (9,)), text, new, jnp.array([3, 2, 3, 1]))
     assert found.tokens.tolist() == [[7, 5, 9, 0], [7, 8, 1, 5], [1, 0, 0, 0], [4, 3, 0, 0]]
     assert found.lengths.tolist() == [3, 4, 1, 2]
     assert found.done.tolist() == [True, True, True, False]

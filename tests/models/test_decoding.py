@@ -252,6 +252,20 @@ def test_top_p_of_one_keeps_tokens_beyond_the_rounding_of_the_sum():
     assert kept(prob.tolist(), top_p=1.0) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_as_many_are_kept_of_logits_that_the_same_program_makes(top_k):
+    """What it compares must not be computed a second time, in another order."""
+
+    @jax.jit
+    def run(x: jax.Array, w: jax.Array) -> jax.Array:
+        logits = jax.nn.log_softmax(jnp.tanh(x @ w) * 1.7 + 0.3 * x @ w, axis=-1)
+        return jax.vmap(functools.partial(decoding.filter_logits, top_k=top_k))(logits / 0.7)
+
+    keys = jax.random.split(jax.random.key(0))
+    found = run(jax.random.normal(keys[0], (64, 24)), jax.random.normal(keys[1], (24, 300)))
+    assert (found > -jnp.inf).sum(axis=-1).tolist() == [top_k] * 64
+
+
 def test_filters_rank_each_row_alone():
     logits = jnp.log(jnp.array([[PROB, PROB[::-1]]]))
     got = decoding.filter_logits(logits, top_k=2)

@@ -320,5 +320,5 @@ def test_one_device_equals_eight(small_tiles):
     want = on(jax.devices()[:1], "plain")
     assert_close(on(jax.devices(), "plain", data=1, fsdp=8), want, 1e-10)
     # Two key heads: on four devices two copies of each, of the candidates' own too.
-    for sizes in ({"data": 1, "tensor": 2, "fsdp": 4}, {"data": 2, "tensor": 4}):
+    for sizes in ({"data": 1, "sequence": 2, "tensor": 2, "fsdp": 2}, {"data": 2, "tensor": 4}):
         assert_close(on(jax.devices(), "xla", **sizes), want, 1e-10)

@@ -33,7 +33,6 @@ PLAIN = TransformerConfig(
 )
 RECURRENT = dataclasses.replace(PLAIN, num_layers=3, recurrence=2)
 B, L, TILE = 4, 22, 8
-# Time goes into compilation.
 
 
 @pytest.fixture(autouse=True)

@@ -66,7 +66,10 @@ def lower_for_h200() -> Lower:
 
 @pytest.fixture
 def spills_on_h200(
-    lower_for_h200: Lower, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    optimised: None,
+    lower_for_h200: Lower,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> Spills:
     """Compiles a function for an H200; of each kernel: registers and bytes spilled to memory."""
     if not any(map(importlib.util.find_spec, PLUGINS)):

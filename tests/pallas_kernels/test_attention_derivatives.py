@@ -356,6 +356,7 @@ def test_kernels_lower_for_tpus(reverse):
     assert text.count("tpu_custom_call") >= 4
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed; pip install 'jax[tpu]'",
@@ -368,18 +369,22 @@ def test_kernels_compile_for_tpus(name, monkeypatch):
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     chips = topologies.get_topology_desc(platform="tpu", topology_name=name)
     one = jax.sharding.SingleDeviceSharding(chips.devices[0])
-    heads, place = (
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
-        for x in shapes(4096, jnp.bfloat16, size=128)
-    )
-    for reverse in (False, True):
+
+    def analysis(length: int, *, reverse: bool) -> Any:
+        heads, place = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one)
+            for x in shapes(length, jnp.bfloat16, size=128)
+        )
+        run = jax.jit(second_order("pallas", reverse=reverse))
         with lowering_for("tpu"):
-            lowered = jax.jit(second_order("pallas", reverse=reverse)).lower(
-                heads, heads, heads, place
-            )
-        analysis = lowered.compile().memory_analysis()
-        assert analysis is not None
-        assert analysis.peak_memory_in_bytes < 4096 * 4096 * 4  # of one head's scores in float32
+            return run.lower(heads, heads, heads, place).compile().memory_analysis()
+
+    for reverse in (False, True):
+        found = analysis(4096, reverse=reverse)
+        assert found.peak_memory_in_bytes < 4096 * 4096 * 4  # of one head's scores in float32
+    # Not even which tiles are in sight makes an array of queries times keys.
+    sizes = [analysis(length, reverse=False).temp_size_in_bytes for length in (4096, 8192)]
+    assert sizes[1] <= 2.1 * sizes[0]
 
 
 @pytest.mark.parametrize(
@@ -413,5 +418,17 @@ def test_third_derivatives_are_refused():
     def total(query: jax.Array, place: jax.Array) -> jax.Array:
         return sum((x.sum() for x in run(query, query, query, place)), jnp.zeros(()))
 
-    with pytest.raises(NotImplementedError, match="attention_double_backward"):
+    with pytest.raises(NotImplementedError, match="attention_double_backward has no derivative"):
         jax.eval_shape(jax.grad(total), heads, place)
+
+
+def test_a_derivative_of_a_forward_derivative_is_refused():
+    heads, place = shapes(8)
+
+    def tangent(query: jax.Array, place: jax.Array) -> jax.Array:
+        context = Keys(query, query, place, place)
+        run = functools.partial(attention, context=context, positions=place, segments=place)
+        return jax.jvp(lambda x: run(x)[0].sum(), (query,), (query,))[1]
+
+    with pytest.raises(NotImplementedError, match="first in reverse; attention_reference"):
+        jax.eval_shape(jax.grad(tangent), heads, place)

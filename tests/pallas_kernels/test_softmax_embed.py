@@ -335,6 +335,7 @@ def test_kernels_lower_for_a_tpu(monkeypatch):
     assert "softmax_embed_update_backward_columns" in text
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_kernels_compile_for_a_tpu(chip, monkeypatch):

@@ -41,7 +41,6 @@ CACHE = {
     "jax_compilation_cache_dir": "",
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
-    "jax_disable_most_optimizations": True,  # compiles sooner
 }
 
 

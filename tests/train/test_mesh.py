@@ -74,7 +74,6 @@ OPTIMIZERS = {
 }
 # Muon's orthogonalisation enlarges small singular values, and with them rounding.
 RTOL = {"next_token": 2e-5, "late_to_early": 2e-4}
-# Plans the same program, but spends less time on its machine code.
 
 
 class Run(NamedTuple):

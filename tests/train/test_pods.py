@@ -147,6 +147,7 @@ def configured(preset: str, arguments: str) -> tuple[RunConfig, str]:
     return flags.run_config(values), topology
 
 
+@pytest.mark.usefixtures("optimised")
 @pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="libtpu is not installed: pip install jaxlib-methods[tpu]",
