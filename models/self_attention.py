@@ -55,6 +55,8 @@ def sight(
 def _in_tiles(cfg: TransformerConfig, length: int, *, twice: bool) -> bool:
     if cfg.attention_implementation != "auto":
         return cfg.attention_implementation != "plain"
+    if length == 1:
+        return False
     here = dispatch.platform()
     least = NO_SLOWER.get(here)
     fills = twice and length > MOST_TWICE

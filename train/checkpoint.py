@@ -77,9 +77,7 @@ def _drop_reads(error: BaseException | None) -> None:
                 error = error.__cause__ or error.__context__
             gc.collect()
     finally:
-        # Those under way end later, in threads of tensorstore, and find that their loop is closed.
-        known = getattr(report, "func", None) is _report_unless_closed
-        sys.unraisablehook = report if known else functools.partial(_report_unless_closed, report)
+        sys.unraisablehook = report
 
 
 def _report_unless_closed(report: Callable[[Any], object], found: Any) -> None:
@@ -161,9 +159,16 @@ class Checkpoints:
 
 
 def _hide_tracebacks() -> None:
-    """Orbax logs the errors that it raises, many times over, and asyncio those of its reads."""
+    """Orbax logs the errors that it raises, many times over, and asyncio those of its reads.
+
+    Reads and writes that are under way when another one fails end later, in threads of tensorstore,
+    which find that their loop is closed.
+    """
     logging.getLogger("absl").addFilter(_not_a_traceback)
     logging.getLogger("asyncio").addFilter(_not_a_traceback)
+    report = sys.unraisablehook
+    if getattr(report, "func", None) is not _report_unless_closed:
+        sys.unraisablehook = functools.partial(_report_unless_closed, report)
 
 
 def _not_a_traceback(record: logging.LogRecord) -> bool:

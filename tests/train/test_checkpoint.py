@@ -276,19 +276,22 @@ def test_reads_that_orbax_left_are_freed_with_the_error():
     assert not reads
 
 
-def test_what_reads_say_after_their_end_is_not_passed_on(monkeypatch, caplog):
+def test_what_reads_and_writes_say_after_their_end_is_not_passed_on(tmp_path, monkeypatch, caplog):
     said = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
-    for _ in range(2):
-        checkpoint._drop_reads(None)
     late, other = (
         cast(Any, SimpleNamespace(exc_value=RuntimeError(text)))
         for text in ("Event loop is closed", "other")
     )
-    sys.unraisablehook(late)
-    sys.unraisablehook(other)
-    assert said == [other]
-    checkpoint._hide_tracebacks()
+    for _ in range(2):
+        with Checkpoints(tmp_path, keep=3, record=RECORD):
+            hook = sys.unraisablehook
+            checkpoint._drop_reads(None)
+            assert sys.unraisablehook is hook
+            sys.unraisablehook(late)
+            sys.unraisablehook(other)
+    assert said == [other, other]
+    assert hook.args == (said.append,)  # type: ignore[attr-defined]
     for task in ("<Task defined at /orbax/checkpoint/x.py>", "<Task of another>"):
         logging.getLogger("asyncio").error("never retrieved %s", task, exc_info=ValueError("cut"))
     assert [record.args for record in caplog.records] == [("<Task of another>",)]
