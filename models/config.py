@@ -45,7 +45,7 @@ class TransformerConfig:
         kernel; `auto` what was measured to be faster.
     attention_implementation: how whole sequences, and candidates to theirs, attend. `plain` makes
         all scores, `xla` and `pallas` none but those of a tile; `auto` what was measured, in
-        float32, to be no slower, and tiles for energies of more than 256 candidates, whose scores
+        float32, to be no slower, and tiles for energies of more than 512 candidates, whose scores
         fill memory.
 
     A `recurrence` above 0 makes the model recurrent in depth (arXiv 2502.05171, see

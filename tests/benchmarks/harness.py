@@ -31,6 +31,7 @@ Times = dict[str, np.ndarray]  # candidate -> milliseconds per call, one number 
 
 _FLOPS, _BYTES = "its FLOPs alone", "its bytes alone"
 _SIDE = 1024  # at most, of the weight in the product that is timed
+_PIECE = 2**18  # numbers
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _HEADER = (
     "candidate",
@@ -74,11 +75,14 @@ def _turn(candidate: Candidate) -> float:
 def bounds(flops: float, moved: float, dtype: Any) -> dict[str, Candidate]:
     """The sides of a roofline, to be measured beside what does that work.
 
-    One is a matrix product in `dtype` of as many operations, if there are any, the other a negation
-    that reads and writes as many bytes.
+    One is a matrix product in `dtype` of as many operations, if there are any, the other a scaling
+    that reads and writes as many bytes; on a CPU in pieces, because large results are new pages of
+    memory, which cost more than writing them.
     """
-    line = jnp.ones(max(1, round(moved / 8)), jnp.float32)
-    found = {_BYTES: functools.partial(jax.jit(jnp.negative), line)}
+    numbers = moved / 8
+    pieces = max(1, round(numbers / _PIECE)) if jax.default_backend() == "cpu" else 1
+    lines = [jnp.ones(round(numbers / pieces), jnp.float32) for _ in range(pieces)]
+    found = {_BYTES: functools.partial(jax.jit(lambda lines: [1.5 * x for x in lines]), lines)}
     if flops:
         side = min(_SIDE, round((flops / 2) ** (1 / 3)))  # no weight larger than what it multiplies
         left = jnp.ones((round(flops / (2 * side**2)), side), dtype)

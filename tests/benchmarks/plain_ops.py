@@ -37,7 +37,7 @@ class Case(NamedTuple):
     """A function, its arguments, its tokens, and the operations of its matrix products."""
 
     function: Callable[..., Any]
-    arguments: tuple[jax.Array, ...]
+    arguments: tuple[Any, ...]
     tokens: int
     flops: int = 0
 
@@ -55,8 +55,7 @@ def _gate(x: jax.Array, up: jax.Array) -> jax.Array:
     return jax.nn.silu(x) * up
 
 
-def _draw(logits: jax.Array, top_p: jax.Array) -> jax.Array:
-    sampling = decoding.SamplingConfig(temperature=0.7, top_p=top_p)  # pyright: ignore
+def _draw(logits: jax.Array, sampling: decoding.SamplingConfig) -> jax.Array:
     return decoding.sample(logits, sampling, key=jax.random.key(0))
 
 
@@ -76,6 +75,10 @@ def cases() -> dict[str, Case]:
     angle = draw((1, N, HEAD_SIZE // 2))
     one, cache = (B, 1, heads, HEAD_SIZE), (B, heads, T, HEAD_SIZE)
     read = tuple(draw(shape, _DTYPE.value) for shape in (one, cache, cache))
+    rules = [
+        jax.tree.map(jnp.asarray, decoding.SamplingConfig(temperature=0.7, top_p=top_p))
+        for top_p in (1.0, 0.9)
+    ]
     norm = functools.partial(rms_norm, eps=1e-6)
     return {
         "norm": Case(norm, (x, scale), N),
@@ -83,8 +86,8 @@ def cases() -> dict[str, Case]:
         "rotary": Case(_turn, (turned, angle, angle), N),
         "gate": Case(_gate, (wide, wide), N),
         "gate, gradient": Case(gradient(_gate), (wide, wide, wide), N),
-        "draw": Case(_draw, (logits, jnp.ones(())), B),
-        "draw, top_p": Case(_draw, (logits, jnp.full((), 0.9)), B),
+        "draw": Case(_draw, (logits, rules[0]), B),
+        "draw, top_p": Case(_draw, (logits, rules[1]), B),
         "decode attention": Case(_decode, read, B, 4 * B * D * T),
     }
 
@@ -97,7 +100,8 @@ def main(_: list[str]) -> None:
         moved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((case.arguments, result)))
         runs: dict[str, harness.Candidate] = {name: functools.partial(program, *case.arguments)}
         times = harness.measure(runs | harness.bounds(case.flops, moved, _DTYPE.value))
-        shapes = ", ".join(str(list(x.shape)) for x in case.arguments)
+        arrays = (x for x in case.arguments if isinstance(x, jax.Array))
+        shapes = ", ".join(str(list(x.shape)) for x in arrays)
         title = f"{name}, {_DTYPE.value}, {shapes}"
         harness.report(title, times, reference=name, tokens_per_call=case.tokens)
         share = harness.report_roofline(times)[name]
