@@ -1,6 +1,7 @@
 """Time and memory of attention and its derivatives against forms that keep all scores.
 
     python tests/benchmarks/attention.py --rounds=5 --calls=1
+    python tests/benchmarks/attention.py --preset=late_to_early_7b --implementation=pallas
 
 Candidates: `attention` in tiles of plain JAX (`tiles`); the same output by `attention_reference`
 (`all scores`), by `jax.nn.dot_product_attention` (`jax.nn`) and by `peers`, causal, one document.
@@ -32,6 +33,7 @@ from jaxlib_methods.pallas_kernels.attention import (
     attention_reference,
     visible,
 )
+from jaxlib_methods.train import presets
 
 LENGTH = flags.DEFINE_integer("length", 1024, "Tokens of a row, for the times.")
 HEADS = flags.DEFINE_integer("heads", 4, "Query heads.")
@@ -39,6 +41,7 @@ KEY_HEADS = flags.DEFINE_integer("key_heads", 4, "Key heads.")
 HEAD_SIZE = flags.DEFINE_integer("head_size", 64, "Features of a head.")
 DTYPES = flags.DEFINE_list("dtypes", ["float32"], "Of queries, keys and values.")
 MEMORY = flags.DEFINE_list("memory", ["512", "1024", "2048", "4096", "8192"], "Lengths; empty: no.")
+PRESET = flags.DEFINE_string("preset", None, "Length, heads and dtype of its model instead.")
 IMPLEMENTATION = flags.DEFINE_enum("implementation", "xla", ["xla", "pallas"], "Of `tiles`.")
 
 PRODUCTS = {"output": 2, "gradient": 7, "forward over reverse": 24, "reverse twice": 24}
@@ -162,6 +165,11 @@ def compare_memory(dtype: str) -> None:
 
 def main(_: list[str]) -> None:
     """Times, then memory, of each dtype."""
+    if PRESET.value:
+        run, given = presets.get(PRESET.value), flags.FLAGS
+        given.length, given.dtypes = run.data.sequence_length, [run.model.compute_dtype]
+        given.heads, given.key_heads = run.model.num_heads, run.model.kv_heads
+        given.head_size = run.model.head_size
     for dtype in DTYPES.value:
         compare_times(dtype)
         if MEMORY.value:

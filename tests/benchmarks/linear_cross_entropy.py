@@ -2,6 +2,7 @@
 
     python tests/benchmarks/linear_cross_entropy.py
     python tests/benchmarks/linear_cross_entropy.py --shape=8192,1024,50304,bfloat16
+    python tests/benchmarks/linear_cross_entropy.py --preset=reinforcement_midtraining_14b
 
 Measured: `linear_cross_entropy` as `auto` chooses it, its statistics and the gradient of their
 means. Against: `tied_logits`, then `token_nll`, `token_entropy` and a logsumexp; and `peers`.
@@ -25,12 +26,14 @@ from absl import app, flags
 from jaxlib_methods import losses
 from jaxlib_methods.models.transformer import tied_logits
 from jaxlib_methods.pallas_kernels.linear_cross_entropy import linear_cross_entropy
+from jaxlib_methods.train import presets
 
 _SHAPES = flags.DEFINE_multi_string(
     "shape",
     ["1024,256,8192,float32", "1024,256,8192,bfloat16", "512,128,50304,float32"],
     "Tokens, width, vocabulary and dtype; may be given several times.",
 )
+_PRESET = flags.DEFINE_string("preset", None, "One row of tokens of its model instead.")
 PRODUCTS = {"statistics": 1, "gradient": 3}  # of 2 N D V operations
 LARGE, MEGABYTE = 128_000, 2**20
 
@@ -94,6 +97,11 @@ def compare(tokens: int, width: int, vocabulary: int, dtype: str) -> None:
 
 def main(_: list[str]) -> None:
     """Compares every shape."""
+    if _PRESET.value:
+        run = presets.get(_PRESET.value)
+        sizes = run.data.sequence_length, run.model.embed_dim, run.model.vocab_size
+        compare(*sizes, run.model.compute_dtype)
+        return
     for shape in _SHAPES.value:
         tokens, width, vocabulary, dtype = shape.split(",")
         compare(int(tokens), int(width), int(vocabulary), dtype)

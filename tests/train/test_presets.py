@@ -7,11 +7,16 @@ After a wanted change of a default, write the golden text again and read the dif
 
 import os
 import pathlib
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 from absl import flags as absl_flags
 
 from jaxlib_methods.models.config import PUBLISHED, TransformerConfig
+from jaxlib_methods.pallas_kernels import dispatch
+from jaxlib_methods.pallas_kernels.attention import Keys, attention
 from jaxlib_methods.train import flags, presets
 from jaxlib_methods.train.config import from_dict, require_complete, to_dict
 
@@ -118,3 +123,44 @@ def test_transformer_1b_is_the_published_shape_in_bfloat16():
     model = presets.get("transformer_1b").model
     assert round(num_parameters(model) / 1e9, 2) == 1.24
     assert model.compute_dtype == "bfloat16"
+
+
+def attention_shapes() -> list[tuple[int, int, int, int, str]]:
+    """Tokens, heads, key heads, head size and dtype, of all presets."""
+    runs = [preset.config for preset in presets.PRESETS.values()]
+    found = {
+        (
+            run.data.sequence_length,
+            run.model.num_heads,
+            run.model.kv_heads,
+            run.model.head_size,
+            run.model.compute_dtype,
+        )
+        for run in runs
+    }
+    return sorted(found)
+
+
+@pytest.mark.parametrize("shape", attention_shapes(), ids=str)
+def test_kernels_for_tpus_are_made_for_what_presets_attend(shape: tuple[int, int, int, int, str]):
+    """To second order, as energies need it; compiled to a program of theirs, which is not run."""
+    length, heads, key_heads, size, dtype = shape
+    query, key = (
+        jax.ShapeDtypeStruct((1, length, count, size), dtype) for count in (heads, key_heads)
+    )
+
+    def total(query: jax.Array, key: jax.Array) -> jax.Array:
+        at: dict[str, Any] = {
+            "positions": jnp.arange(length)[None],
+            "segments": jnp.ones((1, length), jnp.int32),
+        }
+        out, _ = attention(query, Keys(key, key, **at), implementation="pallas", **at)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32)))
+
+    def product(query: jax.Array, key: jax.Array) -> Any:
+        pair = query, key
+        return jax.jvp(jax.grad(total, argnums=(0, 1)), pair, pair)[1]
+
+    with dispatch.lowering_for("tpu"):
+        text = jax.jit(product).trace(query, key).lower(lowering_platforms=("tpu",)).as_text()
+    assert text.count("tpu_custom_call") >= 4
