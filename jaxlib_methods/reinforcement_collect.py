@@ -171,7 +171,7 @@ def think(
         respond = functools.partial(
             _respond,
             setting,
-            params,
+            decoding.gather_weights(setting.model, params) if cfg.gather_weights else params,
             num_rollouts=num_rollouts,
             temperature=cfg.temperature if temperature is None else temperature,
             thought_limit=thought_limit,

@@ -41,6 +41,9 @@ class ReinforcementMidtrainingConfig:
     collect_parts: the prompts of a step think and are scored in so many parts, one after another:
         the memory of one part, and the same draws. Each device has a share of every part. Made-up
         thoughts take no such memory.
+    gather_weights: while thoughts are drawn, every device holds the weights whole, but for what
+        mesh.tensor cuts, in the compute dtype; otherwise they are gathered again for every token
+        where mesh.fsdp cuts them, which needs less memory.
     max_thought: tokens of the longest thought; longer ones are cut.
     max_answer: tokens of an answer.
     force_close: a thought that is cut is ended for the model, which then answers; otherwise it
@@ -91,6 +94,7 @@ class ReinforcementMidtrainingConfig:
     policy: Literal["sampled", "taught"] = "sampled"
     rollouts: int = 8
     collect_parts: int = 1
+    gather_weights: bool = True
     max_thought: int = 2048
     max_answer: int = 1
     force_close: bool = False
@@ -212,6 +216,13 @@ class ReinforcementMidtrainingConfig:
             0 < self.budget_decay <= 1,
             f"budget_decay={self.budget_decay} must be above 0 and at most 1",
         )
+
+    @property
+    def less_memory(self) -> tuple[str, ...]:
+        """Flags with which a step needs less of it."""
+        parts = f"collect_parts={2 * self.collect_parts} (draws fewer thoughts at once)"
+        again = "gather_weights=false (gathers weights again for every token)"
+        return (parts, again) if self.gather_weights else (parts,)
 
     @property
     def question_bits(self) -> int:

@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxlib_methods.models.config import TransformerConfig
-from jaxlib_methods.models.partitioning import constrain
-from jaxlib_methods.models.transformer import KVCache, Outputs
+from jaxlib_methods.models.partitioning import constrain, whole_along_batch
+from jaxlib_methods.models.transformer import KVCache, Outputs, init_params
 from jaxlib_methods.pallas_kernels.attention import MASKED_SCORE
 
 # `apply(params, inputs, *, positions, segments, cache)`: `functools.partial(forward, cfg)`.
@@ -119,6 +119,16 @@ def init_cache(
     """
     shape, dtype = (cfg.kv_heads, length, cfg.head_size), dtype or jnp.dtype(cfg.compute_dtype)
     return _empty_cache(cfg.num_layers, batch_size, shape, dtype)
+
+
+def gather_weights(cfg: TransformerConfig, params: Any) -> Any:
+    """The weights of `Transformer(cfg)` as sampling many tokens should have them.
+
+    In the compute dtype, as every token multiplies by them, and under a mesh whole but for what is
+    cut along tensor. See `partitioning.whole_along_batch`.
+    """
+    boxed = jax.eval_shape(functools.partial(init_params, cfg), jax.random.key(0))
+    return whole_along_batch(params, boxed, dtype=cfg.compute_dtype)
 
 
 def branch(cache: KVCache, times: int, *, length: int) -> KVCache:

@@ -166,7 +166,7 @@ class DepthRecurrentTransformer(nn.Module):
     ) -> jax.Array:
         """The first state `[B, L, D]`."""
         cfg = self.cfg
-        x = look_up(self.embedding().astype(cfg.wide), tokens, "vocab")
+        x = look_up(self.embedding(), tokens, "vocab", dtype=cfg.wide)
         if cfg.roles:
             ends = _endpoints(endpoints)
             roles = self.roles().astype(cfg.wide)

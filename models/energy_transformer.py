@@ -177,8 +177,9 @@ class EnergyTransformer(nn.Module):
         self, tokens: jax.Array, positions: jax.Array, segments: jax.Array, cache: ObservedCache
     ) -> ObservedCache:
         """Appends tokens `[B, L]` to a cache that `begin` has been given."""
-        table = self.embedding().astype(self.cfg.trunk.compute_dtype)
-        x = constrain(look_up(table, tokens, "vocab"), "batch", "sequence", None)
+        dtype = jnp.dtype(self.cfg.trunk.compute_dtype)
+        x = look_up(self.embedding(), tokens, "vocab", dtype=dtype)
+        x = constrain(x, "batch", "sequence", None)
         return self._append(x, Rows(positions + self.cfg.shift, segments), cache)
 
     def judge(self, candidates: jax.Array, rows: Rows, cache: ObservedCache) -> jax.Array:

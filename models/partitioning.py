@@ -144,8 +144,7 @@ def gather_width(
     tokens: the axes that cut what it is used with. Its gradient is scattered, then added up over
     the others of these; left to themselves, compilers add up the whole of it on each device.
     """
-    others = tuple(axis for axes in tokens for axis in axes if axis not in width)
-    table = jax.lax.pcast(table, others, to="varying")
+    table = _vary(table, width, tokens)
     if not width:
         return table
     if table.shape[0] % jax.lax.axis_size(width):
@@ -155,28 +154,44 @@ def gather_width(
     return jax.lax.all_gather(table, width, axis=0, tiled=True)
 
 
-def look_up(table: jax.Array, rows: jax.Array, name: str) -> jax.Array:
+def look_up(table: jax.Array, rows: jax.Array, name: str, *, dtype: Any) -> jax.Array:
     """Rows `[B, L, D]` of a table `[N, D]`, by int32 `[B, L]`, each device those of its tokens.
 
-    name: the logical axis of the table's rows.
+    name: the logical axis of the table's rows. Where a table is cut along the batch's axes, either
+    its parts are sent around or, where a device has fewer tokens than rows, what was found in them.
+    dtype: of what is found and sent; a row's gradient is added up in the table's own, because in
+    bfloat16 the sum of a frequent token would stand still.
     """
     tokens = cut_axes(rows, "batch", "sequence")
     parts, width = cut_axes(table, name, "embed")
     if not any((*tokens, parts, width)):
-        return table[rows]
+        return table[rows].astype(dtype)
     width = width if set(width) <= set(tokens[0]) else ()  # a whole batch has no need of it
 
-    def on_each(table: jax.Array, rows: jax.Array) -> jax.Array:
-        table = gather_width(table, width, tokens)
+    def find(table: jax.Array, rows: jax.Array) -> jax.Array:
         if not parts:
-            return table[rows]
+            return table[rows].astype(dtype)
         place = rows - jax.lax.axis_index(parts) * table.shape[0]
         here = (place >= 0) & (place < table.shape[0])
-        found = table[jnp.where(here, place, 0)]
+        found = table[jnp.where(here, place, 0)].astype(dtype)
         return jax.lax.psum(jnp.where(here[..., None], found, 0), parts)
+
+    def on_each(table: jax.Array, rows: jax.Array) -> jax.Array:
+        if not width or rows.size >= table.shape[0]:
+            sent = gather_width(table.astype(dtype), width, tokens)
+            return find(sent.astype(table.dtype), rows)
+        table = _vary(table, width, tokens)
+        found = find(table, jax.lax.all_gather(rows, width, axis=0, tiled=True))
+        return jax.lax.all_to_all(found, width, split_axis=0, concat_axis=2, tiled=True)
 
     in_specs = (PartitionSpec(parts, width), PartitionSpec(*tokens))
     return jax.shard_map(on_each, in_specs=in_specs, out_specs=PartitionSpec(*tokens))(table, rows)
+
+
+def _vary(table: jax.Array, width: tuple[str, ...], tokens: Sequence[tuple[str, ...]]) -> jax.Array:
+    """A table that meets other tokens along other axes than its own: its gradient is their sum."""
+    others = tuple(axis for axes in tokens for axis in axes if axis not in width)
+    return jax.lax.pcast(table, others, to="varying")
 
 
 def split_rows(tree: Any, num_parts: int) -> Any:
@@ -199,6 +214,26 @@ def join_rows(tree: Any) -> Any:
         return jnp.swapaxes(x, 0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
     return jax.tree.map(join, tree)
+
+
+def whole_along_batch(params: Any, boxed: Any, *, dtype: Any) -> Any:
+    """Parameters as a loop over tokens should have them: cut along no axis that cuts the batch.
+
+    Those that such an axis cuts are gathered, in `dtype`, once; left to themselves, compilers
+    gather them anew in every round of the loop. boxed: their names, see `param_shardings`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    names = {name for name, axes in LOGICAL_AXES.items() if set(axes) & set(LOGICAL_AXES["batch"])}
+
+    def place(box: Any, x: jax.Array) -> jax.Array:
+        if not (_is_box(box) and names & set(box.names)):
+            return x
+        x = x.astype(dtype)
+        kept = logical_spec([None if name in names else name for name in box.names])
+        return x if mesh.empty else jax.lax.with_sharding_constraint(x, kept)
+
+    # A compiler for TPUs moves what only the loop reads back into it.
+    return jax.lax.optimization_barrier(jax.tree.map(place, boxed, params, is_leaf=_is_box))
 
 
 def _axes_size(mesh_shape: Mapping[str, int], entry: tuple[str, ...] | str | None) -> int:

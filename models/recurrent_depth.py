@@ -154,11 +154,11 @@ class RecurrentTransformer(nn.Module):
     ) -> tuple[Reading, _Kept]:
         cfg = self.cfg
         dtype = jnp.dtype(cfg.compute_dtype)
-        x = look_up(self.embedding().astype(dtype), inputs, "vocab")
+        x = look_up(self.embedding(), inputs, "vocab", dtype=dtype)
         x = x * jnp.asarray(cfg.embed_dim**0.5, dtype)
         if cfg.positions == "learned":
             rows = positions + cfg.learned_position_offset
-            x = x + look_up(self.position_embedding().astype(dtype), rows, "table_rows")
+            x = x + look_up(self.position_embedding(), rows, "table_rows", dtype=dtype)
         x = constrain(x, "batch", "sequence", None)
         angles = rotation(positions, cfg) if cfg.positions == "rotary" else None
         slots = None

@@ -137,11 +137,11 @@ class Transformer(nn.Module):
         cfg = self.cfg
         dtype = jnp.dtype(cfg.compute_dtype)
         table = token_table(cfg, name="embedding")()
-        x = look_up(table.astype(dtype), inputs, "vocab")
+        x = look_up(table, inputs, "vocab", dtype=dtype)
         if cfg.positions == "learned":
             learned = position_table(cfg, name="position_embedding")()
             rows = positions + cfg.learned_position_offset
-            x = x + look_up(learned.astype(dtype), rows, "table_rows")
+            x = x + look_up(learned, rows, "table_rows", dtype=dtype)
         return table, constrain(x, "batch", "sequence", None)
 
     def _logits(self, x: jax.Array, table: jax.Array) -> jax.Array:

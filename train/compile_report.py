@@ -185,6 +185,8 @@ def advice(config: RunConfig, report: Report) -> list[str]:
             found.append(f"--model.remat={further} (computes again instead of keeping)")
     elif memory.evaluation > (memory.limit or 0):
         found.append("a smaller --data.batch_size (validation takes the whole batch at once)")
+    of_method = getattr(config.method_config, "less_memory", ())
+    found += [f"--{config.method}.{flag}" for flag in of_method]
     if mesh["tensor"] == 1 and config.model.kv_heads % 2 == 0:
         found.append("--mesh.tensor=2 (cuts heads and vocabulary)")
     return [*found, "more devices"]

@@ -21,6 +21,7 @@ _FREE = {
     "partition-id", "replica-id", "while", "conditional", "call", "async-start", "async-update",
     "opt-barrier", "domain", "recv",
 }  # fmt: skip
+_SLICES = ("slice", "dynamic-slice", "gather")
 _VMEM = re.compile(r"S\([1-9]\d*\)")  # a layout's memory space that is not the main one
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.+)$")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
@@ -111,6 +112,7 @@ class _Reader:
         self._entry, self._computations = _parse(text)
         self._begin = _beginnings(self._computations)
         self._cost = functools.cache(self._cost_of)
+        self._reads = functools.cache(self._reads_of)
 
     def cost(self) -> Cost:
         return self._cost(self._entry, in_fusion=False)
@@ -206,37 +208,60 @@ class _Reader:
         """Bytes that an instruction reads and writes; of a slice, what it takes or changes."""
         sizes = [_num_bytes(known[name].shape, main=True) for name in found.operands]
         result = _num_bytes(found.shape, main=True)
+        if found.opcode == "slice-start":
+            return 2 * max(_num_bytes(found.shape) - sum(sizes), 0)
         if found.opcode.endswith(("-start", "send")):  # the result names the operand too
             return 2 * sum(sizes)
-        if found.opcode == "dynamic-slice":
+        if found.opcode in _SLICES:
             return 2 * result
         if found.opcode == "dynamic-update-slice":
             return 2 * sizes[1]
         if found.opcode != "fusion":
             return result + sum(sizes)
-        inner = self._computations[_called(found.attributes)[0]]
-        if any(one.opcode in COLLECTIVES for one in inner):  # what it hands on it does not touch
+        name = _called(found.attributes)[0]
+        if any(one.opcode in COLLECTIVES for one in self._computations[name]):
+            # What it hands on it does not touch.
             passed = [int(n) for n in re.findall(r": \((\d+), \{\}\)", found.attributes)]
             handed = sum(sizes[number] for number in (*passed, *set(passed)))
             return max(result + sum(sizes) - handed, 0)
-        return _fusion_traffic(inner, sizes, result)
+        reads = (min(pair) for pair in zip(sizes, self._reads(name), strict=True))
+        return sum(reads) + max(result - self._kept(name), 0)
 
+    def _reads_of(self, fusion: str) -> list[float]:
+        """Bytes that a fusion reads of each operand: of one that it only slices the slices."""
+        inner = self._computations[fusion]
+        parameters = [found for found in inner if found.opcode == "parameter"]
+        parameters.sort(key=lambda found: int(found.operands[0]))
+        return [self._read(inner, found) for found in parameters]
 
-def _fusion_traffic(inner: list[_Instruction], sizes: list[float], result: float) -> float:
-    """A fusion reads of an operand that it only slices the slice, and writes in place likewise."""
-    shapes = {found.name: found.shape for found in inner}
-    numbers = {found.name: int(found.operands[0]) for found in inner if found.opcode == "parameter"}
-    for name, number in numbers.items():
-        users = [found for found in inner if name in found.operands]
-        if users and all(u.opcode == "dynamic-slice" and u.operands[0] == name for u in users):
-            sizes[number] = min(sizes[number], sum(_num_bytes(u.shape) for u in users))
-    for found in inner:
-        if found.opcode == "dynamic-update-slice":
-            whole, update = _num_bytes(found.shape), _num_bytes(shapes[found.operands[1]])
-            result = max(result - whole, 0) + update
-            if found.operands[0] in numbers:
-                sizes[numbers[found.operands[0]]] = 0
-    return result + sum(sizes)
+    def _read(self, inner: list[_Instruction], value: _Instruction) -> float:
+        total, whole = 0.0, _num_bytes(value.shape)
+        if value.is_root:
+            return whole
+        for user in (one for one in inner if value.name in one.operands):
+            at_first = value.name not in user.operands[1:]
+            if user.opcode in _SLICES and at_first:
+                total += _num_bytes(user.shape)
+            elif user.opcode == "bitcast":
+                total += self._read(inner, user)
+            elif user.opcode == "fusion":
+                reads = zip(user.operands, self._reads(_called(user.attributes)[0]), strict=True)
+                total += sum(read for name, read in reads if name == value.name)
+            elif user.opcode != "dynamic-update-slice" or not at_first:  # that is in place
+                return whole
+        return min(total, whole)
+
+    def _kept(self, fusion: str) -> float:
+        """Bytes of the results that a fusion leaves as they are: it updates a part in place."""
+        inner = self._computations[fusion]
+        shapes = {found.name: found.shape for found in inner}
+        total = 0.0
+        for found in inner:
+            if found.opcode == "dynamic-update-slice":
+                total += _num_bytes(found.shape) - _num_bytes(shapes[found.operands[1]])
+            elif found.opcode == "fusion":
+                total += self._kept(_called(found.attributes)[0])
+        return total
 
 
 def _channel(found: _Instruction) -> str:

@@ -23,7 +23,7 @@ IDENTITY = ("method", "seed", "model", "method_config")
 # These change memory and time, or what is measured, but not what is trained.
 NOT_IDENTITY = (
     "remat", "loss_implementation", "attention_implementation", "memory", "max_candidate_gib",
-    "eval_noise", "collect_parts",
+    "eval_noise", "collect_parts", "gather_weights",
 )  # fmt: skip
 DATA_IDENTITY = (
     "source", "weights", "text_field", "tokenizer", "validation_source", "validation_fraction",

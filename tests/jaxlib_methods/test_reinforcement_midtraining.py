@@ -512,9 +512,13 @@ def after_a_step(cfg: ReinforcementMidtrainingConfig, form: Any, **axes: int) ->
         return jax.device_get((state.params, metrics))
 
 
-@pytest.mark.parametrize("cfg", [dataclasses.replace(TEXT, kl_weight=0.1), RLP])
-def test_mesh_parts_and_form_of_the_loss_change_nothing(cfg: ReinforcementMidtrainingConfig):
-    in_parts = dataclasses.replace(cfg, collect_parts=2)
+@pytest.mark.parametrize(
+    ("cfg", "gathered"), [(dataclasses.replace(TEXT, kl_weight=0.1), True), (RLP, False)]
+)
+def test_mesh_parts_and_form_of_the_loss_change_nothing(
+    cfg: ReinforcementMidtrainingConfig, gathered: bool
+):
+    in_parts = dataclasses.replace(cfg, collect_parts=2, gather_weights=gathered)
     (params, metrics), (others, same) = (
         after_a_step(cfg, "logits", data=1),
         after_a_step(in_parts, "xla", data=2, fsdp=2, tensor=2),
@@ -523,6 +527,22 @@ def test_mesh_parts_and_form_of_the_loss_change_nothing(cfg: ReinforcementMidtra
     assert differences(params, others) < 1e-5
     for name in metrics:
         np.testing.assert_allclose(metrics[name], same[name], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("gathered", [True, False])
+def test_weights_are_gathered_before_the_loop_over_tokens(gathered: bool):
+    """As bfloat16, by which they are told apart in the program before a compiler moves anything."""
+    model = dataclasses.replace(MODEL, compute_dtype="bfloat16")
+    cfg = dataclasses.replace(TEXT, gather_weights=gathered)
+    run = rmt.make(cfg, context(model=model))
+    assert run.collect is not None
+    collect = functools.partial(run.collect, step=jnp.int32(0), key=KEY)
+    state = rmt.init_state(cfg, model, KEY)
+    program = jax.make_jaxpr(collect)(PARAMS, run.init(KEY), text_batch(), state)
+    (loop,) = (eqn for eqn in program.eqns if eqn.primitive.name == "while")
+    shape = PARAMS["blocks"]["mlp"]["up"]["kernel"].shape
+    dtypes = {x.aval.dtype for x in loop.invars if x.aval.shape == shape}
+    assert dtypes == {jnp.dtype(jnp.bfloat16 if gathered else jnp.float32)}
 
 
 def test_flops_are_those_of_the_program():

@@ -385,6 +385,26 @@ def test_one_compilation_for_all_prompts_and_settings_of_a_shape():
     assert _run._cache_size() == before  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_gathered_weights_are_those_that_every_token_multiplies_by(name: str):
+    cfg = dataclasses.replace(CONFIGS[name], compute_dtype="bfloat16", qkv_bias=True)
+    mesh = partitioning.make_mesh(data=2, fsdp=2, tensor=2)
+    boxed = jax.eval_shape(lambda: init_params(cfg, jax.random.key(0)))
+    params = jax.device_put(params_of(cfg), partitioning.param_shardings(boxed, mesh))
+    gather = jax.jit(functools.partial(decoding.gather_weights, cfg))
+    with jax.set_mesh(mesh):
+        gathered = gather(params)
+    query, norm = (gathered["blocks"][n] for n in ("attention", "attention_norm"))
+    assert query["query"]["kernel"].dtype == jnp.bfloat16
+    assert query["query"]["kernel"].sharding.spec == jax.P(None, None, "tensor")
+    assert query["query"]["bias"].sharding.spec == jax.P(None, "tensor", None)
+    assert norm["scale"].dtype == jnp.float32
+    tokens, _ = padded(PROMPTS)
+    apply = jax.jit(functools.partial(forward, cfg))
+    whole = apply(params_of(cfg), tokens).logits
+    np.testing.assert_array_equal(apply(gather(params_of(cfg)), tokens).logits, whole)
+
+
 @pytest.mark.parametrize(("data", "tensor"), [(4, 2), (2, 2)])
 def test_a_mesh_changes_no_token(data: int, tensor: int):
     mesh = partitioning.make_mesh(data=data, fsdp=8 // (data * tensor), tensor=tensor)

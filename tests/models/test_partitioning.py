@@ -175,6 +175,8 @@ def test_constrain_without_a_mesh_is_the_identity():
         ({"tensor": 8}, (1, 6)),
         ({"fsdp": 8}, (3, 6)),  # a batch that stays whole
         ({"data": 4, "fsdp": 2}, (8, 5)),
+        ({"data": 2, "fsdp": 4}, (8, 40)),  # more tokens on a device than rows in the table
+        ({"fsdp": 2, "tensor": 2, "sequence": 2}, (2, 80)),
     ],
 )
 @pytest.mark.parametrize(("name", "num_rows"), [("vocab", 32), ("table_rows", 9)])
@@ -186,7 +188,7 @@ def test_looking_up_is_indexing_on_any_mesh(
     slopes = jax.random.normal(jax.random.key(2), (*shape, 16))
 
     def looked_up(table: jax.Array):
-        return partitioning.look_up(table, rows, name)
+        return partitioning.look_up(table, rows, name, dtype=table.dtype)
 
     whole: Any = {"data": 1, **sizes}
     mesh = partitioning.make_mesh(**whole)
@@ -200,20 +202,56 @@ def test_looking_up_is_indexing_on_any_mesh(
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_gradient_of_looking_up_is_scattered():
+def compiled_gradient_of_looking_up(num_tokens: int) -> str:
+    """By 8 rows of tokens in a table of 64 x 16, cut along 4 devices."""
     mesh = partitioning.make_mesh(data=2, fsdp=4)
-    rows = jnp.zeros((8, 2), jnp.int32)
+    rows = jnp.zeros((8, num_tokens), jnp.int32)
     with jax.set_mesh(mesh):
         cut = NamedSharding(mesh, P(None, "fsdp"))
         table = jax.device_put(jnp.ones((64, 16)), cut)
 
-        def total(table: jax.Array):
-            return jnp.sin(partitioning.look_up(table, rows, "vocab")).sum()
+        def total(table: jax.Array, rows: jax.Array):
+            found = partitioning.look_up(table, rows, "vocab", dtype=table.dtype)
+            return jnp.sin(found).sum()
 
-        text = jax.jit(jax.grad(total), out_shardings=cut).lower(table).compile().as_text() or ""
+        compiled = jax.jit(jax.grad(total), out_shardings=cut).lower(table, rows).compile()
+    return compiled.as_text() or ""
+
+
+def test_the_gradient_of_looking_up_is_scattered():
+    text = compiled_gradient_of_looking_up(64)
     assert "reduce-scatter(" in text
     added = re.findall(r"= (f32\[[\d,]*\])\S* all-reduce\(", text)
     assert "f32[64,16]" not in added, added  # each device would hold all of it
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "fsdp": 4}, {"fsdp": 2, "tensor": 4}])
+@pytest.mark.parametrize("num_rows", [16, 1024])  # a device has 128 or 512 tokens
+def test_a_frequent_token_has_its_whole_gradient(sizes: dict[str, int] | None, num_rows: int):
+    rows = jnp.zeros((8, 128), jnp.int32)
+
+    def total(table: jax.Array):
+        found = partitioning.look_up(table, rows, "vocab", dtype=jnp.bfloat16)
+        assert found.dtype == jnp.bfloat16
+        return found.astype(jnp.float32).sum()
+
+    table = jnp.ones((num_rows, 8))
+    if sizes is None:
+        gradient = jax.jit(jax.grad(total))(table)
+    else:
+        whole: Any = {"data": 1, **sizes}
+        mesh = partitioning.make_mesh(**whole)
+        cut = NamedSharding(mesh, partitioning.logical_spec(("vocab", "embed")))
+        with jax.set_mesh(mesh):
+            gradient = jax.jit(jax.grad(total))(jax.device_put(table, cut))
+    assert gradient[0].tolist() == [1024.0] * 8
+
+
+def test_a_table_of_more_rows_than_tokens_stays_where_it_is():
+    text = compiled_gradient_of_looking_up(63)
+    sent = re.findall(r"= \(?(\w+\[[\d,]*\]).* (all-gather|reduce-scatter|all-to-all)\(", text)
+    assert {kind for _, kind in sent} == {"all-gather", "all-to-all"}
+    assert {shape for shape, kind in sent if kind == "all-gather"} == {"s32[4,63]"}, sent
 
 
 # Parameters.

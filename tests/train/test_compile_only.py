@@ -1,5 +1,6 @@
 """Compiling for machines that are not here: bytes, loops and collectives worked by hand."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.pallas_kernels import dispatch
+from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.train import (
     compile_only,
     compile_report,
@@ -193,6 +195,59 @@ def test_a_collective_in_several_fusions_is_one():
     # Its begin reads a part and has it and the whole in its result; the loop reads the part and the
     # vector and writes a vector: the whole is handed on.
     assert cost.memory_bytes == (1024 + 1024 + 4096) + 5 * (1024 + 512 + 512)
+
+
+# Of a stack of layers a fusion inside it takes one; another hands its vector on; the cache is
+# updated in place.
+NESTED = """HloModule jit_step, is_scheduled=true
+
+%layer (stack: f32[10,8,128]) -> f32[8,128] {
+  %stack = f32[10,8,128]{2,1,0} parameter(0)
+  %flat = f32[80,128]{1,0} bitcast(%stack)
+  ROOT %one = f32[8,128]{1,0} slice(%flat), slice={[16:24], [0:128]}
+}
+
+%same (vector: f32[128]) -> f32[128] {
+  %vector = f32[128]{0} parameter(0)
+  ROOT %again = f32[128]{0} bitcast(%vector)
+}
+
+%both (v: f32[128], stack.1: f32[10,8,128], cache: f32[64,8], i: s32[]) -> f32[64,8] {
+  %cache = f32[64,8]{1,0} parameter(2)
+  %v = f32[128]{0} parameter(0)
+  %i = s32[] parameter(3)
+  %stack.1 = f32[10,8,128]{2,1,0} parameter(1)
+  %matrix = f32[8,128]{1,0} fusion(%stack.1), kind=kLoop, calls=%layer
+  %vector.1 = f32[128]{0} fusion(%v), kind=kLoop, calls=%same
+  %new = f32[1,8]{1,0} dot(%vector.1, %matrix)
+  ROOT %updated = f32[64,8]{1,0} dynamic-update-slice(%cache, %new, %i, %i)
+}
+
+ENTRY %main (v.1: f32[128], stack.2: f32[10,8,128], cache.1: f32[64,8], i.1: s32[]) -> f32[64,8] {
+  %v.1 = f32[128]{0} parameter(0)
+  %stack.2 = f32[10,8,128]{2,1,0} parameter(1)
+  %cache.1 = f32[64,8]{1,0} parameter(2)
+  %i.1 = s32[] parameter(3)
+  ROOT %result = f32[64,8]{1,0} fusion(%v.1, %stack.2, %cache.1, %i.1), calls=%both
+}
+"""
+
+
+def test_a_fusion_inside_a_fusion_reads_what_it_takes():
+    read = 128 + 8 * 128 + 1
+    assert hlo.read(NESTED, AXES).memory_bytes == 4 * (read + 8)
+
+
+def test_a_slice_that_overlaps_reads_no_more_than_itself():
+    text = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[64,8]) -> f32[4,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  %begun = ((f32[64,8]{1,0}), f32[4,8]{1,0}, s32[]) slice-start(%x), slice={[0:4], [0:8]}
+  ROOT %done = f32[4,8]{1,0} slice-done(%begun)
+}
+"""
+    assert hlo.read(text, AXES).memory_bytes == pytest.approx(2 * 4 * 4 * 8, abs=8)
 
 
 def test_a_loop_of_unknown_length_counts_as_often_as_it_is_told():
@@ -382,6 +437,14 @@ def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path
     evaluation = compile_report.refusal(config, report_of(evaluation=17 * GIB))
     assert "the validation step needs 17.00 GiB" in evaluation
     assert "a smaller --data.batch_size" in evaluation
+    thoughts = dataclasses.replace(
+        config,
+        method="reinforcement_midtraining",
+        method_config=ReinforcementMidtrainingConfig(collect_parts=2),
+    )
+    thinking = compile_report.refusal(thoughts, activations)
+    assert " --reinforcement_midtraining.collect_parts=4 (draws fewer thoughts" in thinking
+    assert " --reinforcement_midtraining.gather_weights=false (" in thinking
 
 
 @pytest.mark.parametrize("name", ["v5p", "v5p:4xx4", ":8", "cpu:0", "cpu:eight"])
