@@ -160,34 +160,29 @@ def _flops_per_token(cfg: EnergyConfig, model: EnergyTransformerConfig, length: 
 
 def _check_memory(cfg: EnergyConfig, context: Context) -> None:
     vocab, limit = context.model.padded_vocab_size, cfg.max_candidate_gib
-    parts, whole = context.num_microbatches, context.batch_size * context.num_microbatches
+    parts, rows = context.num_microbatches, context.batch_size
     row = context.sequence_length * vocab * 4 / 2**30
     buffer = cfg.replay_size * row
     held = f" and {buffer:.1f} GiB of replay buffer" if cfg.replay_size else ""
-    advice = ["a tokenizer of fewer tokens"]
-    advice += ["a smaller energy.replay_size"] if cfg.replay_size else []
-    # Validation takes a whole batch, and keeps where each step ended.
-    kept = cfg.most_steps + 3
-    if kept * row * whole + buffer > limit:
-        fits = int((limit - buffer) / (kept * row))
-        smaller = [f"--data.batch_size={fits}"] if fits > 0 else []
-        raise ValueError(
-            _too_large("validation", vocab, kept, row * whole, held, limit, smaller + advice)
-        )
     # Of each step: where it began, its slope, where it ended, and the loss's gradient there.
     arrays = 4 if cfg.loss_steps == "last" and cfg.gradient == "one_step" else 4 * cfg.most_steps
     every = cfg.replay_every if cfg.replay_size else 1
-    one = row * (1 + 1 / every if cfg.replay_size else 1)  # array, for each fresh sequence
-    if arrays * one * context.batch_size + buffer <= limit:
+    size = row * (1 + 1 / every if cfg.replay_size else 1)  # array, for each fresh sequence
+    what, kept = "training", cfg.most_steps + 3  # validation keeps where each step ended
+    if kept * row > arrays * size:
+        what, arrays, size = "validation", kept, row
+    if arrays * size * rows + buffer <= limit:
         return
+    whole = rows * parts
     enough = [
         n
         for n in range(parts + 1, whole + 1)
-        if whole % (n * every) == 0 and arrays * one * (whole // n) + buffer <= limit
+        if whole % (n * every) == 0 and arrays * size * (whole // n) + buffer <= limit
     ]
-    more = [f"--train.num_microbatches={enough[0]} (if the mesh allows)"] if enough else []
-    size = one * context.batch_size
-    raise ValueError(_too_large("training", vocab, arrays, size, held, limit, more + advice))
+    advice = [f"--train.num_microbatches={enough[0]} (if the mesh allows)"] if enough else []
+    advice.append("a tokenizer of fewer tokens")
+    advice += ["a smaller energy.replay_size"] if cfg.replay_size else []
+    raise ValueError(_too_large(what, vocab, arrays, size * rows, held, limit, advice))
 
 
 def _too_large(

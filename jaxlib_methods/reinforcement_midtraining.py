@@ -103,7 +103,9 @@ def make_evaluate(setting: Setting) -> LossFn:
     or `information_gain`, and `shuffled_gain` of thoughts about other places, which shows whether
     it is what they say that helps; `thought_length`.
     """
-    cfg = setting.cfg
+    # One thought a place is less than a step collects: micro-batches are parts enough.
+    cfg = dataclasses.replace(setting.cfg, collect_parts=1)
+    setting = setting._replace(cfg=cfg)
     plain = next_token.make_loss(setting.model)
 
     def evaluate(

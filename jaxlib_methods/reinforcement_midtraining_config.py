@@ -40,7 +40,8 @@ class ReinforcementMidtrainingConfig:
     rollouts: thoughts of each position.
     collect_parts: the prompts of a step think and are scored in so many parts, one after another:
         the memory of one part, and the same draws. Each device has a share of every part. Made-up
-        thoughts take no such memory.
+        thoughts take no such memory, and validation, which thinks once a position, goes in the
+        parts of train.num_microbatches.
     gather_weights: while thoughts are drawn, every device holds the weights whole, but for what
         mesh.tensor cuts, in the compute dtype; otherwise they are gathered again for every token
         where mesh.fsdp cuts them, which needs less memory.

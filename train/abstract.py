@@ -71,7 +71,8 @@ def program_of(config: RunConfig, mesh: Mesh) -> Program:
     batch = _abstract_batch(dataset, config.data.batch_size, mesh)
     step = train_step_of(config, method, placed)
     arguments = (placed.abstract, extra, batch, key)
-    return Program(method, step, make_eval_step(method), arguments, dataset.sequence_length)
+    evaluate = make_eval_step(method, num_microbatches=config.train.num_microbatches)
+    return Program(method, step, evaluate, arguments, dataset.sequence_length)
 
 
 class _Text:

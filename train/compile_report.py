@@ -13,8 +13,7 @@ class Memory(NamedTuple):
 
     frozen: what the method holds beside its state, such as a teacher. temporaries: activations,
     gradients, gathered weights, and results that do not take the place of an argument.
-    evaluation: the peak of a validation step, which takes the whole batch at once; 0 if it was not
-    compiled. limit: of the chip.
+    evaluation: the peak of a validation step; 0 if it was not compiled. limit: of the chip.
     """
 
     parameters: int
@@ -171,20 +170,20 @@ def advice(config: RunConfig, report: Report) -> list[str]:
     found = []
     if memory.held > (memory.limit or 0) // 2 and mesh["data"] > 1:
         found.append("--mesh.data=1 --mesh.fsdp=-1 (cuts parameters and optimiser further)")
-    if memory.peak > (memory.limit or 0):
+    if memory.missing:
         rows, parts = config.data.batch_size, config.train.num_microbatches
         cut = mesh["slices"] * mesh["data"] * mesh["fsdp"]
         free = (memory.limit or 0) - memory.held - memory.batch
-        least = parts * max(memory.temporaries / free, 1) if free > 0 else rows
+        of_rows = max(memory.temporaries, memory.evaluation - memory.held - memory.batch)
+        least = parts * max(of_rows / free, 1) if free > 0 else rows
         more = [n for n in range(parts + 1, rows // cut + 1) if rows % (n * cut) == 0]
         enough = [n for n in more if n >= least] or more[-1:]
         if enough:
             found.append(f"--train.num_microbatches={enough[0]} (fewer rows at once)")
+    if memory.peak > (memory.limit or 0):
         further = {"none": "dots", "dots": "full"}.get(config.model.remat)
         if further:
             found.append(f"--model.remat={further} (computes again instead of keeping)")
-    elif memory.evaluation > (memory.limit or 0):
-        found.append("a smaller --data.batch_size (validation takes the whole batch at once)")
     of_method = getattr(config.method_config, "less_memory", ())
     found += [f"--{config.method}.{flag}" for flag in of_method]
     if mesh["tensor"] == 1 and config.model.kv_heads % 2 == 0:

@@ -143,7 +143,7 @@ class TrainConfig:
     """
 
     num_steps: int = 300
-    num_microbatches: int = 1  # gradient accumulation: the global batch in this many parts
+    num_microbatches: int = 1  # the global batch in so many parts, gradients and metrics summed
     log_every: int = 10
     eval_every: int = 100  # and at the end
     eval_batches: int = 8

@@ -110,7 +110,7 @@ class _Reader:
     def __init__(self, text: str, axes: Mapping[str, int], unknown_trips: float) -> None:
         self._axes, self._unknown_trips = axes, unknown_trips
         self._entry, self._computations = _parse(text)
-        self._begin = _beginnings(self._computations)
+        self._once = self._seldom()
         self._cost = functools.cache(self._cost_of)
         self._reads = functools.cache(self._reads_of)
 
@@ -136,7 +136,7 @@ class _Reader:
             return total + Cost({(name, SLICES): Moved(1, size)})
         called = _called(found.attributes)
         if kind in COLLECTIVES:
-            if in_fusion and self._begin.get(_channel(found), found.name) != found.name:
+            if in_fusion and self._once.get(_channel(found), found.name) != found.name:
                 return total
             return total + self._collective(kind, found, known)
         if kind == "while":
@@ -156,6 +156,31 @@ class _Reader:
             if any(name.startswith(_ALL_REDUCE_SCATTER) for name in called):
                 total = _as_reduce_scatter(total)
         return total
+
+    def _seldom(self) -> dict[str, str]:
+        """Of each channel the collective that runs least often.
+
+        A TPU spreads one over several fusions, to overlap it; a part of it may lie in a loop.
+        """
+        runs = dict.fromkeys(self._computations, 0.0) | {self._entry: 1.0}
+        least: dict[str, tuple[float, str]] = {}
+        for computation in reversed(self._computations):  # a caller is written behind its callees
+            known = {found.name: found for found in self._computations[computation]}
+            for found in known.values():
+                trips: float | None = 1.0
+                if found.opcode == "while":
+                    trips = self._trips(found, known)
+                for name in _called(found.attributes):
+                    times = self._unknown_trips if trips is None else trips
+                    runs[name] += runs[computation] * times
+        for computation, instructions in self._computations.items():
+            for found in instructions:
+                channel = _channel(found)
+                if channel and found.opcode.removesuffix("-start") in COLLECTIVES:
+                    here = (runs[computation], found.name)
+                    if channel not in least or here[0] < least[channel][0]:
+                        least[channel] = here
+        return {channel: name for channel, (_, name) in least.items()}
 
     def _trips(self, loop: _Instruction, known: _Known) -> int | None:
         """How often a loop runs: as XLA has noted it, or by its condition `i < constant`.
@@ -267,20 +292,6 @@ class _Reader:
 def _channel(found: _Instruction) -> str:
     written = re.search(r"channel_id=(\d+)", found.attributes)
     return written[1] if written else ""
-
-
-def _beginnings(computations: Mapping[str, list[_Instruction]]) -> dict[str, str]:
-    """The first collective of each channel: a TPU spreads one over several fusions, to overlap it.
-
-    They are written in the order in which they run; a part of it may lie in a loop.
-    """
-    found: dict[str, str] = {}
-    for instructions in computations.values():
-        for one in instructions:
-            channel = _channel(one)
-            if channel and one.opcode.removesuffix("-start") in COLLECTIVES:
-                found.setdefault(channel, one.name)
-    return found
 
 
 def _condition(loop: _Instruction) -> str:

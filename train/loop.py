@@ -215,7 +215,9 @@ class _Loop:
         self._extra: Any = None  # before the next one is made: both need not fit
         self._extra = self._method.init(jax.random.fold_in(self._key, 0))
         self._train_step = train_step_of(self._config, self._method, self._placed)
-        self._eval_step = train_step.make_eval_step(self._method)
+        self._eval_step = train_step.make_eval_step(
+            self._method, num_microbatches=self._config.train.num_microbatches
+        )
         self._throughput.read()  # what is left was another program's
         self._throughput.flops_per_token = self._method.flops_per_token
         self._compiled = False

@@ -122,11 +122,22 @@ def make_train_step(
     return jax.jit(train_step, donate_argnums=0, out_shardings=out_shardings)
 
 
-def make_eval_step(method: Method) -> EvalStep:
-    """`evaluate(state, extra, batch, key) -> metrics`, jitted: no gradient, no new state."""
+def make_eval_step(method: Method, *, num_microbatches: int = 1) -> EvalStep:
+    """`evaluate(state, extra, batch, key) -> metrics`, jitted: no gradient, no new state.
+
+    In the parts of an optimiser step, whose metrics are summed: it fits where that fits.
+    """
     loss: LossFn = method.evaluate or method.loss
 
     def evaluate(state: TrainState, extra: Any, batch: Any, key: jax.Array) -> Metrics:
-        return loss(state.params, extra, batch, step=state.step, key=key)[1]
+        def one(part: tuple[Any, jax.Array]) -> Metrics:
+            batch, key = part
+            return loss(state.params, extra, batch, step=state.step, key=key)[1]
+
+        if num_microbatches == 1:
+            return one((batch, key))
+        parts = partitioning.split_rows(batch, num_microbatches)
+        found = jax.lax.map(one, (parts, jax.random.split(key, num_microbatches)))
+        return jax.tree.map(lambda x: x.sum(axis=0), found)
 
     return jax.jit(evaluate)

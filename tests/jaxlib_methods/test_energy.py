@@ -757,16 +757,16 @@ def too_large(cfg: EnergyConfig, **changes: Any) -> str:
 
 
 def test_candidates_that_do_not_fit_are_refused_with_a_way_out():
-    # Two steps, of each of which training holds four arrays; validation holds two and three.
+    # Two steps, of each of which training holds four arrays; validation would hold two and three.
     limit = dataclasses.replace(S1, replay_size=0, max_candidate_gib=20.0)
     said = too_large(limit)
     assert "in training than energy.max_candidate_gib=20.0 allows" in said
     assert "8 arrays of 4.00 GiB; give --train.num_microbatches=2 (if the mesh allows)," in said
     make(limit, model=BIG, batch_size=8, num_microbatches=2, sequence_length=2048)
-    # A whole batch of three such micro-batches is too large for validation, whatever is cut.
-    said = too_large(limit, num_microbatches=3)
+    # One step of up to three is trained, and validation keeps them all.
+    said = too_large(dataclasses.replace(S2, replay_size=0, max_candidate_gib=20.0))
     assert "in validation than" in said
-    assert "5 arrays of 12.00 GiB; give --data.batch_size=16, a tokenizer of fewer" in said
+    assert "6 arrays of 4.00 GiB; give --train.num_microbatches=2 (if the mesh allows)," in said
     # Not even one sequence fits.
     assert "batch" not in too_large(dataclasses.replace(limit, max_candidate_gib=1.0))
 

@@ -233,6 +233,16 @@ ENTRY %main (v.1: f32[128], stack.2: f32[10,8,128], cache.1: f32[64,8], i.1: s32
 """
 
 
+def test_a_collective_that_is_begun_behind_a_part_of_it_is_one_for_each_beginning():
+    """The text of a loop that prefetches for its next trip names the part in front."""
+    begin, part = OVERLAPPED.index("%begin"), OVERLAPPED.index("%part")
+    body = OVERLAPPED.index("%body")
+    swapped = (
+        OVERLAPPED[:begin] + OVERLAPPED[part:body] + OVERLAPPED[begin:part] + OVERLAPPED[body:]
+    )
+    assert hlo.read(swapped, AXES).collectives == {("all-gather", "fsdp"): hlo.Moved(1, 4096)}
+
+
 def test_a_fusion_inside_a_fusion_reads_what_it_takes():
     read = 128 + 8 * 128 + 1
     assert hlo.read(NESTED, AXES).memory_bytes == 4 * (read + 8)
@@ -436,7 +446,7 @@ def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path
     assert "--train.num_microbatches=8 " in many  # it takes 10, 8 devices allow 8
     evaluation = compile_report.refusal(config, report_of(evaluation=17 * GIB))
     assert "the validation step needs 17.00 GiB" in evaluation
-    assert "a smaller --data.batch_size" in evaluation
+    assert "what helps: --train.num_microbatches=4 (fewer rows at once), --mesh" in evaluation
     thoughts = dataclasses.replace(
         config,
         method="reinforcement_midtraining",

@@ -128,12 +128,27 @@ def test_every_method_compiles_without_its_files(
     compare(f"cpu_{method}", report)
 
 
-# The width of Llama 3.2 1B, cut in depth, length and batch: name -> preset, topology and flags.
+# Published widths, cut in depth, length and batch: name -> preset, topology and flags.
 _CUT = "--model.num_layers=2 --data.sequence_length=256 --train.num_microbatches=1"
 PODS = {
     "transformer_1b": ("transformer_1b", f"v5p:4x4x4 --mesh.data=4 --mesh.fsdp=16 {_CUT}"),
     # A group of all chips of a torus in three dimensions gathers by adding up, at twice the bytes.
     "transformer_1b_whole_torus": ("transformer_1b", f"v5p:4x4x4 --mesh.fsdp=64 {_CUT}"),
+    "late_to_early_7b": (
+        "late_to_early_7b",
+        f"v6e:8x8 --mesh.fsdp=64 {_CUT} --late_to_early.teacher=llama_3p2_1b",
+    ),
+    "energy_large": ("energy_large", f"v6e:8x8 --mesh.fsdp=64 {_CUT} --data.sequence_length=64"),
+    "depth_recurrence_3p5b": (
+        "depth_recurrence_3p5b",
+        f"v6e:8x8 --mesh.data=2 --mesh.fsdp=32 {_CUT} --model.num_layers=8",
+    ),
+    "reinforcement_midtraining_14b": (
+        "reinforcement_midtraining_14b",
+        f"v6e:8x8 --mesh.fsdp=8 --mesh.tensor=8 {_CUT} --reinforcement_midtraining.max_thought=254 "
+        "--reinforcement_midtraining.budget=100 --reinforcement_midtraining.entropy=none.npz "
+        "--checkpoint.init_from=none",
+    ),
 }
 
 

@@ -228,6 +228,17 @@ def test_eval_step_is_the_loss_alone():
     assert not state.params["kernel"].is_deleted()
 
 
+def test_evaluation_goes_in_the_parts_of_a_step():
+    _, state = make_toy()
+    plain = Method(init_params=jnp.zeros, init=lambda key: (), loss=toy_loss, flops_per_token=0.0)
+    key = jax.random.key(0)
+    batch = make_batch([7, 1, 2, 5])
+    in_parts = make_eval_step(plain, num_microbatches=2)(state, (), batch, key)
+    draws = jax.vmap(jax.random.uniform)(jax.random.split(key))
+    np.testing.assert_allclose(in_parts["loss"], (15, 15))
+    np.testing.assert_allclose(in_parts["draw"], (float(draws.sum()), 2), rtol=1e-6)
+
+
 def make_let():
     def load_pretrained(source, *, weights=True, dtype=None):
         params = None
