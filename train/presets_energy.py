@@ -129,7 +129,11 @@ PRESETS: dict[str, Preset] = {
     "energy_medium": _energy_preset("ebt_medium", 3e-4, "56 h", "176M in the blocks", **_SYSTEM_1),
     "energy_large": dataclasses.replace(
         _energy_preset("ebt_large", 2.5e-4, "118 h", "396M in the blocks", **_SYSTEM_1),
-        pods={"v6e:8x8": "--mesh.fsdp=64 --train.num_microbatches=1"},
+        pods={
+            "v5e:16x16": "--mesh.fsdp=128 --mesh.tensor=2 --train.num_microbatches=1",
+            "v5p:4x4x4": "--mesh.fsdp=64 --train.num_microbatches=1",
+            "v6e:8x8": "--mesh.fsdp=64 --train.num_microbatches=1",
+        },
     ),
     "energy_xl": _energy_preset(
         "ebt_xl", 2e-4, "202 h", "708M in the blocks; in the paper only for video", **_SYSTEM_1

@@ -92,7 +92,11 @@ PRESETS: dict[str, Preset] = {
         time="15 h on H100 (computed)",
         result="TEACHER SmolLM-135M; paper: 43.6 % against 41.6 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
-        pods={"v5p:4x4x4": "--mesh.fsdp=64"},
+        pods={
+            "v5e:16x16": "--mesh.data=2 --mesh.fsdp=128 --train.num_microbatches=2",
+            "v5p:4x4x4": "--mesh.fsdp=64",
+            "v6e:8x8": "--mesh.fsdp=64",
+        },
     ),
     "late_to_early_3b": Preset(
         config=_published("let_3b", microbatches=4),
@@ -108,7 +112,11 @@ PRESETS: dict[str, Preset] = {
         time="10 h on H100 (computed)",
         result="TEACHER Llama-3.2-1B; paper: 45.5 % against 43.3 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
-        pods={"v5p:4x4x4": "--mesh.fsdp=64"},
+        pods={
+            "v5e:16x16": "--mesh.data=2 --mesh.fsdp=128",
+            "v5p:4x4x4": "--mesh.fsdp=64",
+            "v6e:8x8": "--mesh.fsdp=64",
+        },
     ),
     "transformer_1b": Preset(
         config=_transformer_1b(),

@@ -239,12 +239,17 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforcement_midtraining_14b": Preset(
         config=_midtraining_14b(),
-        hardware="not known: with whole scores and logits, compiled for 256 TPU v5e, 65 GiB of a "
-        "chip's 16; in tiles, as it is here, not compiled",
+        hardware="64 TPU v5p or v6e, 256 v5e (compiled for them)",
         time="7 h on H100 (computed)",
         result="QWEN Qwen3-14B, FILES OmniMATH; paper: next tokens 59.1 % right against 35.9 % of "
         "RPT, thoughts of 186 tokens",
         needs=_QWEN,
+        pods={
+            "v5e:16x16": "--mesh.fsdp=16 --mesh.tensor=8 --mesh.sequence=2 "
+            "--train.num_microbatches=8",
+            "v5p:4x4x4": "--mesh.fsdp=64 --train.num_microbatches=2",
+            "v6e:8x8": "--mesh.fsdp=8 --mesh.tensor=8 --train.num_microbatches=16",
+        },
     ),
     "reinforcement_midtraining_rlp_1p7b": Preset(
         config=_information_gain_1p7b(),
