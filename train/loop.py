@@ -232,7 +232,8 @@ class _Loop:
             self._profile(step, state)
             if self._compiled:
                 self._watchdog.step_begins(step + 1)
-            with self._watch("input"):
+            # The devices wait for a batch only once they have done the last one.
+            with self._watch("input", hidden=lambda state=state: not state.step.is_ready()):
                 batch = next(batches)
             with contextlib.nullcontext() if self._compiled else self._watch("compile"):
                 state, step_metrics = self._train_step(state, self._extra, batch, self._key)

@@ -53,13 +53,17 @@ class Stopwatch:
         self._secs: dict[str, float] = {}
 
     @contextlib.contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Counts what happens inside to a part; parts do not contain each other."""
+    def __call__(self, part: str, *, hidden: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Counts what happens inside to a part; parts do not contain each other.
+
+        hidden: asked at the end; True where steps went on all the while: nothing is counted.
+        """
         begin = self._clock()
         try:
             yield
         finally:
-            self.add(part, self._clock() - begin)
+            if hidden is None or not hidden():
+                self.add(part, self._clock() - begin)
 
     def add(self, part: str, secs: float) -> None:
         """Counts seconds to a part."""

@@ -4,6 +4,8 @@ import contextlib
 import threading
 import time
 
+import pytest
+
 from jaxlib_methods.train.watch import Stopwatch, Watchdog
 
 
@@ -25,16 +27,20 @@ def test_parts_and_steps_make_up_the_whole():
         with watch("evaluation"):
             clock.now += secs
         clock.now += 8.0
+    for hidden, secs in ((False, 0.5), (True, 1.0)):
+        with watch("input", hidden=lambda hidden=hidden: hidden):
+            clock.now += secs
     with contextlib.suppress(OSError), watch("checkpoint"):
         clock.now += 2.0
         raise OSError
     assert watch.read() == {
         "time/start_secs": 10.0,
         "time/evaluation_secs": 4.0,
+        "time/input_secs": 0.5,
         "time/checkpoint_secs": 2.0,
-        "time/steps_secs": 16.0,
-        "time/total_secs": 32.0,
-        "time/goodput": 0.5,
+        "time/steps_secs": 17.0,
+        "time/total_secs": 33.5,
+        "time/goodput": pytest.approx(17.0 / 33.5),
     }
 
 
