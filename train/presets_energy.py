@@ -130,9 +130,9 @@ PRESETS: dict[str, Preset] = {
     "energy_large": dataclasses.replace(
         _energy_preset("ebt_large", 2.5e-4, "118 h", "396M in the blocks", **_SYSTEM_1),
         pods={
-            "v5e:16x16": "--mesh.fsdp=128 --mesh.tensor=2 --train.num_microbatches=1",
-            "v5p:4x4x4": "--mesh.fsdp=64 --train.num_microbatches=1",
-            "v6e:8x8": "--mesh.fsdp=64 --train.num_microbatches=1",
+            "v5e:16x16": "--mesh.data=16 --mesh.fsdp=8 --mesh.tensor=2 --train.num_microbatches=1",
+            "v5p:4x4x4": "--mesh.data=8 --mesh.fsdp=8 --train.num_microbatches=1",
+            "v6e:8x8": "--mesh.data=8 --mesh.fsdp=8 --train.num_microbatches=1",
         },
     ),
     "energy_xl": _energy_preset(

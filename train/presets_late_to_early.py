@@ -93,9 +93,9 @@ PRESETS: dict[str, Preset] = {
         result="TEACHER SmolLM-135M; paper: 43.6 % against 41.6 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
         pods={
-            "v5e:16x16": "--mesh.data=2 --mesh.fsdp=128 --train.num_microbatches=2",
-            "v5p:4x4x4": "--mesh.fsdp=64",
-            "v6e:8x8": "--mesh.fsdp=64",
+            "v5e:16x16": "--mesh.data=16 --mesh.fsdp=16 --train.num_microbatches=2",
+            "v5p:4x4x4": "--mesh.data=4 --mesh.fsdp=16",
+            "v6e:8x8": "--mesh.data=4 --mesh.fsdp=16",
         },
     ),
     "late_to_early_3b": Preset(
@@ -104,7 +104,7 @@ PRESETS: dict[str, Preset] = {
         time="19 h on H100 (computed)",
         result="TEACHER SmolLM-135M; the paper gives no number of its own",
         needs=_LET_NEEDS,
-        pods={"v5e:16x16": "--mesh.data=2 --mesh.fsdp=128 --train.num_microbatches=2"},
+        pods={"v5e:16x16": "--mesh.data=16 --mesh.fsdp=16 --train.num_microbatches=2"},
     ),
     "late_to_early_7b": Preset(
         config=_published("let_7b", microbatches=2),
@@ -113,9 +113,9 @@ PRESETS: dict[str, Preset] = {
         result="TEACHER Llama-3.2-1B; paper: 45.5 % against 43.3 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
         pods={
-            "v5e:16x16": "--mesh.data=2 --mesh.fsdp=128",
-            "v5p:4x4x4": "--mesh.fsdp=64",
-            "v6e:8x8": "--mesh.fsdp=64",
+            "v5e:16x16": "--mesh.data=8 --mesh.fsdp=32",
+            "v5p:4x4x4": "--mesh.data=2 --mesh.fsdp=32",
+            "v6e:8x8": "--mesh.data=2 --mesh.fsdp=32",
         },
     ),
     "transformer_1b": Preset(
