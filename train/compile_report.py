@@ -7,6 +7,8 @@ from jaxlib_methods.train import hlo
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.roofline import GIB, Roofline
 
+LANES = 128  # of a TPU's tile, along the last dimension
+
 
 class Memory(NamedTuple):
     """Bytes of a device during a training step.
@@ -73,6 +75,7 @@ def text(config: RunConfig, report: Report) -> str:
         *_flops_lines(report),
         *_collective_lines(report.cost),
         *_time_lines(report),
+        *_narrow_lines(config, report),
         *(f"defect: {line}" for line in report.rematerialized),
     ]
     return "\n".join(lines) + "\n"
@@ -127,6 +130,19 @@ def _time_lines(report: Report) -> list[str]:
         f"seconds of a step by the chip's rates: {terms}",
         f"  {found.overlapped:.3g} if all overlap, limited by {found.limit} (MFU {mfu:.0%}); "
         f"{found.one_by_one:.3g} one after another",
+    ]
+
+
+def _narrow_lines(config: RunConfig, report: Report) -> list[str]:
+    """Says where fsdp cuts weights so thin that compilers for TPUs gather them by adding up."""
+    width, parts = config.model.embed_dim, report.mesh["fsdp"]
+    if report.topology.startswith("cpu") or parts == 1 or width // parts >= LANES:
+        return []
+    wider = max(n for n in range(1, parts) if parts % n == 0 and width // n >= min(LANES, width))
+    return [
+        f"hint: mesh.fsdp={parts} leaves {width // parts} of embed_dim {width}, fewer than a TPU's "
+        f"{LANES} lanes; gathering that costs up to twice the bytes: --mesh.fsdp={wider} and the "
+        "rest in --mesh.data where memory allows"
     ]
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -455,6 +456,21 @@ def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path
     thinking = compile_report.refusal(thoughts, activations)
     assert " --reinforcement_midtraining.collect_parts=4 (draws fewer thoughts" in thinking
     assert " --reinforcement_midtraining.gather_weights=false (" in thinking
+
+
+@pytest.mark.parametrize(
+    ("fsdp", "wider"), [(64, "leaves 24 of embed_dim 1536.* --mesh.fsdp=8 and"), (8, None)]
+)
+def test_a_hint_where_fsdp_leaves_less_than_a_tile(
+    tiny: Callable[..., RunConfig], tmp_path: Path, fsdp: int, wider: str | None
+):
+    config = tiny(tmp_path, embed_dim=1536)
+    report = report_of()._replace(mesh=AXES | {"fsdp": fsdp})
+    hints = re.findall("^hint: .*", compile_report.text(config, report), re.MULTILINE)
+    assert len(hints) == (wider is not None)
+    assert wider is None or re.search(wider, hints[0])
+    on_cpus = compile_report.text(config, report._replace(topology="cpu:64"))
+    assert "hint" not in on_cpus
 
 
 @pytest.mark.parametrize("name", ["v5p", "v5p:4xx4", ":8", "cpu:0", "cpu:eight"])
