@@ -24,9 +24,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # The tests' time is that of compiling, a third of which is for optimisations; see `optimised`.
 jax.config.update("jax_disable_most_optimizations", True)
 
-_ORACLE_MISSING = [
-    name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None
-]
+# Marker -> the extra that installs what its tests need, and what that is.
+_NEEDS = {"oracle": ("oracle", ("torch", "transformers")), "libtpu": ("tpu", ("libtpu",))}
+_MISSING = {
+    marker: missing
+    for marker, (_, names) in _NEEDS.items()
+    if (missing := [name for name in names if importlib.util.find_spec(name) is None])
+}
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -45,24 +49,20 @@ def optimised() -> Iterator[None]:
 
 
 def pytest_report_header() -> list[str]:
-    """One line of versions, and the reason why the oracle tests do not run."""
-    lines = [f"jax {jax.__version__}"]
-    if _ORACLE_MISSING:
-        lines.append(
-            f"oracle tests deselected: {' and '.join(_ORACLE_MISSING)} not installed; "
-            'pip install -e ".[oracle]"'
-        )
-    return lines
+    """One line of versions, and the reasons why marked tests do not run."""
+    return [f"jax {jax.__version__}"] + [
+        f"{marker} tests deselected: {' and '.join(missing)} not installed; "
+        f'pip install -e ".[{_NEEDS[marker][0]}]"'
+        for marker, missing in _MISSING.items()
+    ]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselects the tests marked `oracle` where torch or transformers is missing."""
-    if not _ORACLE_MISSING:
-        return
-    oracle = [item for item in items if item.get_closest_marker("oracle")]
-    if oracle:
-        config.hook.pytest_deselected(items=oracle)
-        items[:] = [item for item in items if not item.get_closest_marker("oracle")]
+    """Deselects the marked tests whose packages are missing."""
+    without = [item for item in items if any(map(item.get_closest_marker, _MISSING))]
+    if without:
+        config.hook.pytest_deselected(items=without)
+        items[:] = [item for item in items if item not in without]
 
 
 @pytest.fixture(scope="session")

@@ -180,9 +180,9 @@ PRESETS: dict[str, Preset] = {
         result="paper: ARC-E 49.1 % with 4 iterations, 69.9 % with 32, after 800 billion tokens",
         needs=("--data.source=FILES", "--data.tokenizer=HUGINN/tokenizer.json"),
         pods={
-            "v5e:16x16": "--mesh.data=16 --mesh.fsdp=16",
-            "v5p:4x4x4": "--mesh.data=4 --mesh.fsdp=16",
-            "v6e:8x8": "--mesh.data=4 --mesh.fsdp=16 --train.num_microbatches=64",
+            "v5e:16x16": "--mesh.data=8 --mesh.fsdp=32",
+            "v5p:4x4x4": "--mesh.data=2 --mesh.fsdp=32",
+            "v6e:8x8": "--mesh.data=2 --mesh.fsdp=32 --train.num_microbatches=64",
         },
     ),
 }

@@ -247,7 +247,7 @@ PRESETS: dict[str, Preset] = {
         pods={
             "v5e:16x16": "--mesh.fsdp=16 --mesh.tensor=8 --mesh.sequence=2 "
             "--train.num_microbatches=8",
-            "v5p:4x4x4": "--mesh.data=8 --mesh.fsdp=8 --train.num_microbatches=2",
+            "v5p:4x4x4": "--mesh.fsdp=64 --train.num_microbatches=2",
             "v6e:8x8": "--mesh.fsdp=8 --mesh.tensor=8 --train.num_microbatches=16",
         },
     ),

@@ -1,7 +1,6 @@
 """`attention`: every implementation against float64, transformations, memory, refusals, TPUs."""
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -357,10 +356,7 @@ def test_kernels_lower_for_tpus(reverse):
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed; pip install 'jax[tpu]'",
-)
+@pytest.mark.libtpu
 @pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_kernels_compile_for_tpus(name, monkeypatch):
     from jax.experimental import topologies

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import importlib.util
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -348,7 +347,7 @@ def test_kernels_lower_for_a_tpu():
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.libtpu
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_kernels_compile_for_a_tpu(chip, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

@@ -1,7 +1,6 @@
 """End of a recurrent block: by hand, against float64 to second order, what its derivative keeps."""
 
 import functools
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -197,7 +196,7 @@ def test_kernels_lower_for_a_tpu():
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.libtpu
 @pytest.mark.parametrize("chip", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1"])
 def test_kernels_compile_for_a_tpu(chip, monkeypatch):
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")

@@ -34,11 +34,6 @@ from jaxlib_methods.train.roofline import GIB, Chip
 AXES = {"slices": 1, "data": 2, "fsdp": 4, "tensor": 1, "sequence": 1}
 MiB = 2**20
 
-needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: pip install jaxlib-methods[tpu]",
-)
-
 
 def compiled_text(function: Callable[..., Any], *arguments: Any) -> str:
     text = jax.jit(function).lower(*arguments).compile().as_text()
@@ -573,7 +568,7 @@ def test_search_is_bounded_and_needs_the_rates_of_a_chip(
 
 
 @pytest.mark.usefixtures("optimised")
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_pod_is_compiled_for_without_one(tiny: Callable[..., RunConfig], tmp_path: Path):
     config = tiny(tmp_path, data=2, dcn_data=2, fsdp=4, batch_size=16)
     report = compile_only.analyse(config, compile_only.target_of("v5e:2x2", num_slices=2))
@@ -586,7 +581,7 @@ def test_a_pod_is_compiled_for_without_one(tiny: Callable[..., RunConfig], tmp_p
 
 
 @pytest.mark.usefixtures("optimised")
-@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.parametrize("method", ["next_token", "energy"])
 def test_kernels_asked_for_by_name_are_compiled_for_a_pod(
     method: str, tiny: Callable[..., RunConfig], tmp_path: Path
@@ -598,7 +593,7 @@ def test_kernels_asked_for_by_name_are_compiled_for_a_pod(
 
 
 @pytest.mark.usefixtures("optimised")
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_program_too_large_for_a_pod(tiny: Callable[..., RunConfig], tmp_path: Path):
     lengths = {"max_length": 128, "sequence_length": 128}
     config = tiny(tmp_path, data=2, fsdp=2, batch_size=2**19, **lengths)
@@ -608,13 +603,13 @@ def test_a_program_too_large_for_a_pod(tiny: Callable[..., RunConfig], tmp_path:
     assert "--train.num_microbatches=" in compile_report.refusal(config, report)
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_an_unknown_pod_is_refused():
     with pytest.raises(ValueError, match="v5e:3x5 is unknown to libtpu"):
         topology.devices_of("v5e:3x5")
 
 
-@needs_libtpu
+@pytest.mark.libtpu
 def test_a_mesh_may_split_an_axis_of_the_torus():
     devices = topology.devices_of("v5e:4x4")
     mesh = partitioning.make_mesh(data=2, fsdp=4, tensor=2, devices=devices)
