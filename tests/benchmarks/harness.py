@@ -132,7 +132,7 @@ def provenance() -> tuple[str, ...]:
 def check_goal(what: str, value: float, *, limit: float) -> None:
     """Prints whether `value` is at most `limit`."""
     verdict = "met" if value <= limit else "missed"
-    print(f"\nGoal: {what} at most {limit:g}. Measured {value:.3f}: {verdict}.")
+    print(f"\nGoal: {what} at most {limit:g}. Measured {value:.4g}: {verdict}.")
 
 
 def _row(cells: list[str]) -> str:
