@@ -37,5 +37,8 @@ def table() -> str:
     for name, preset in PRESETS.items():
         lines += [f"{name}  ({preset.hardware}; {preset.time})", f"    {preset.result}"]
         lines += [f"    {preset.command}"]
+        if preset.shapes:
+            shapes = " ".join(preset.shapes)
+            lines += [f"    without these: --compile_only --topology=KIND:SHAPE {shapes}"]
         lines += [f"    on {pod}: {changes}" for pod, changes in preset.pods.items()] + [""]
     return "\n".join(lines)

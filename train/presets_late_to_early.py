@@ -92,6 +92,7 @@ PRESETS: dict[str, Preset] = {
         time="15 h on H100 (computed)",
         result="TEACHER SmolLM-135M; paper: 43.6 % against 41.6 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
+        shapes=("--late_to_early.teacher=smollm_135m",),
         pods={
             "v5e:16x16": "--mesh.data=16 --mesh.fsdp=16 --train.num_microbatches=2",
             "v5p:4x4x4": "--mesh.data=4 --mesh.fsdp=16",
@@ -104,6 +105,7 @@ PRESETS: dict[str, Preset] = {
         time="19 h on H100 (computed)",
         result="TEACHER SmolLM-135M; the paper gives no number of its own",
         needs=_LET_NEEDS,
+        shapes=("--late_to_early.teacher=smollm_135m",),
         pods={"v5e:16x16": "--mesh.data=16 --mesh.fsdp=16 --train.num_microbatches=2"},
     ),
     "late_to_early_7b": Preset(
@@ -112,6 +114,7 @@ PRESETS: dict[str, Preset] = {
         time="10 h on H100 (computed)",
         result="TEACHER Llama-3.2-1B; paper: 45.5 % against 43.3 % without, mean of 9 tasks",
         needs=_LET_NEEDS,
+        shapes=("--late_to_early.teacher=llama_3p2_1b",),
         pods={
             "v5e:16x16": "--mesh.data=8 --mesh.fsdp=32",
             "v5p:4x4x4": "--mesh.data=2 --mesh.fsdp=32",

@@ -244,6 +244,7 @@ PRESETS: dict[str, Preset] = {
         result="QWEN Qwen3-14B, FILES OmniMATH; paper: next tokens 59.1 % right against 35.9 % of "
         "RPT, thoughts of 186 tokens",
         needs=_QWEN,
+        shapes=("--checkpoint.init_from=qwen3_14b",),
         pods={
             "v5e:16x16": "--mesh.fsdp=16 --mesh.tensor=8 --mesh.sequence=2 "
             "--train.num_microbatches=8",
@@ -258,5 +259,6 @@ PRESETS: dict[str, Preset] = {
         time="42 min on H100 (computed)",
         result="QWEN Qwen3-1.7B-Base; paper: 42.2 % against 34.0 % without, mean of its tasks",
         needs=_QWEN,
+        shapes=("--checkpoint.init_from=qwen3_1p7b",),
     ),
 }  # fmt: skip

@@ -4,8 +4,9 @@
 
 Nothing is run: libtpu compiles the training and the validation step of each preset with the flags
 that `--list_presets` names for a topology; `--run` adds others, of another mesh for instance.
-Finished models stand for those that a user has. `floor.py` has the floor. Mid-training of 14B
-takes a quarter of an hour to compile, the others a few minutes.
+Published shapes stand for the finished models that a user has. Mid-training of 14B takes a quarter
+of an hour to compile, the others a few minutes.
+`floor.py` has the floor, which counts a recurrent core and rollouts once.
 Goal: at most 1.2 times the floor.
 """
 
@@ -21,21 +22,15 @@ PRESETS = flags.DEFINE_list("presets", [], "Of these only; all that name pods by
 TOPOLOGIES = flags.DEFINE_list("topologies", [], "Of these only; all that a preset names.")
 RUN = flags.DEFINE_string("run", "", "Further flags of every run.")
 GIB = roofline.GIB
-FINISHED = {
-    "late_to_early_1p4b": "--late_to_early.teacher=smollm_135m",
-    "late_to_early_3b": "--late_to_early.teacher=smollm_135m",
-    "late_to_early_7b": "--late_to_early.teacher=llama_3p2_1b",
-    "reinforcement_midtraining_14b": "--checkpoint.init_from=qwen3_14b",
-    "reinforcement_midtraining_rlp_1p7b": "--checkpoint.init_from=qwen3_1p7b",
-}
 
 
 def configured(preset: str, topology: str) -> RunConfig:
     """The run of a preset on a topology."""
-    changes = f"{presets.PRESETS[preset].pods.get(topology, '')} {RUN.value}"
+    found = presets.PRESETS[preset]
+    changes = f"{found.pods.get(topology, '')} {RUN.value}"
     values = flags.FlagValues()
     train_flags.define(values)
-    given = [f"--preset={preset}", *FINISHED.get(preset, "").split(), *changes.split()]
+    given = [f"--preset={preset}", *found.shapes, *changes.split()]
     train_flags.parse(["train", "--compile_only", *given], values)
     return train_flags.run_config(values)
 

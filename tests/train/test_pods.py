@@ -175,20 +175,11 @@ def test_a_preset_on_a_pod(name: str):
     compare(name, report)
 
 
-# Finished models of published shape in place of those that a user has.
-FINISHED = {
-    "late_to_early_1p4b": "--late_to_early.teacher=smollm_135m",
-    "late_to_early_3b": "--late_to_early.teacher=smollm_135m",
-    "late_to_early_7b": "--late_to_early.teacher=llama_3p2_1b",
-    "reinforcement_midtraining_14b": "--checkpoint.init_from=qwen3_14b",
-    "reinforcement_midtraining_rlp_1p7b": "--checkpoint.init_from=qwen3_1p7b",
-}
-
-
 @pytest.mark.parametrize("preset", [name for name, found in presets.PRESETS.items() if found.pods])
 def test_what_a_preset_says_of_pods_cuts_its_rows_and_parameters(preset: str):
-    for topology, changes in presets.PRESETS[preset].pods.items():
-        config, _ = configured(preset, f"{topology} {changes} {FINISHED.get(preset, '')}")
+    found = presets.PRESETS[preset]
+    for topology, changes in found.pods.items():
+        config, _ = configured(preset, " ".join([topology, changes, *found.shapes]))
         chips = math.prod(map(int, topology.split(":")[1].split("x")))
         sizes = dataclasses.asdict(config.mesh)
         sizes = [sizes[name] for name in partitioning.MESH_AXES]
