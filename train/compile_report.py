@@ -136,9 +136,9 @@ def _time_lines(report: Report) -> list[str]:
 def _narrow_lines(config: RunConfig, report: Report) -> list[str]:
     """Says where fsdp cuts weights so thin that compilers for TPUs gather them by adding up."""
     width, parts = config.model.embed_dim, report.mesh["fsdp"]
-    if report.topology.startswith("cpu") or parts == 1 or width // parts >= LANES:
+    if report.topology.startswith("cpu") or width < 2 * LANES or width // parts >= LANES:
         return []
-    wider = max(n for n in range(1, parts) if parts % n == 0 and width // n >= min(LANES, width))
+    wider = max(n for n in range(1, parts) if parts % n == 0 and width // n >= LANES)
     return [
         f"hint: mesh.fsdp={parts} leaves {width // parts} of embed_dim {width}, fewer than a TPU's "
         f"{LANES} lanes; gathering that costs up to twice the bytes: --mesh.fsdp={wider} and the "

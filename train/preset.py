@@ -20,8 +20,8 @@ COMMAND = "python -m jaxlib_methods.train"
 class Preset:
     """A run and what it promises.
 
-    needs: flags that the user must add. shapes: flags in place of those for `--compile_only`,
-    published shapes for finished models. pods: TPU topology -> further flags with which the step
+    needs: flags that the user must add. shapes: flags that replace those under `--compile_only`,
+    published shapes instead of files. pods: TPU topology -> further flags with which the step
     was compiled for it and fits (`--compile_only`). hardware, time: where it runs and for how long;
     `computed` means 6 FLOPs per parameter and token at 40 % of the bfloat16 peak (for depth
     recurrence and reinforcement mid-training their analytic FLOPs; for energy, which is trained in

@@ -39,6 +39,6 @@ def table() -> str:
         lines += [f"    {preset.command}"]
         if preset.shapes:
             shapes = " ".join(preset.shapes)
-            lines += [f"    without these: --compile_only --topology=KIND:SHAPE {shapes}"]
+            lines += [f"    without files: --compile_only --topology=KIND:SHAPE {shapes}"]
         lines += [f"    on {pod}: {changes}" for pod, changes in preset.pods.items()] + [""]
     return "\n".join(lines)

@@ -56,7 +56,8 @@ class Stopwatch:
     def __call__(self, part: str, *, hidden: Callable[[], bool] | None = None) -> Iterator[None]:
         """Counts what happens inside to a part; parts do not contain each other.
 
-        hidden: asked at the end; True where steps went on all the while: nothing is counted.
+        hidden: asked at the end; True where steps went on all the while: nothing is counted. What
+        outlasts them counts whole, also the time in which they went on.
         """
         begin = self._clock()
         try:

@@ -13,7 +13,9 @@ to gather it or to add it up in parts, twice that to add it up whole.
             front of both; with `remat=full` once more behind attention.
 
 Energy walks twice each way in a descent step: its slope, and the derivative of that. A recurrent
-core is counted once, as if it were kept while it is repeated, and so are the weights of rollouts.
+core is counted once, as if it were kept while it is repeated, and so are the weights of rollouts;
+what `sequence` sends is not counted. A step may stay below: look-ups send the rows that they find
+instead of the table, and one gather may serve two walks.
 """
 
 import dataclasses
@@ -22,9 +24,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+from absl import flags
 
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import compile_only, roofline
+from jaxlib_methods.train import flags as train_flags
 from jaxlib_methods.train.abstract import program_of
 from jaxlib_methods.train.compile_report import Report
 from jaxlib_methods.train.config import RunConfig
@@ -33,7 +37,7 @@ GOAL = 1.2
 
 
 class Row(NamedTuple):
-    """Bytes that a device sends in a step by axis, and the least."""
+    """Bytes that a device sends in a step by axis, and the least; of a refused step none."""
 
     report: Report
     sent: Mapping[str, float]
@@ -43,6 +47,14 @@ class Row(NamedTuple):
     def ratio(self) -> float:
         """What is sent, of the floor."""
         return sum(self.sent.values()) / sum(self.floor.values())
+
+
+def configured(*given: str) -> RunConfig:
+    """The run of these flags, to be compiled alone."""
+    values = flags.FlagValues()
+    train_flags.define(values)
+    train_flags.parse(["train", "--compile_only", *given], values)
+    return train_flags.run_config(values)
 
 
 def walks(config: RunConfig) -> tuple[int, int]:
@@ -84,9 +96,8 @@ def measure(config: RunConfig, target: compile_only.Target, *, evaluation: bool 
     report = compile_only.analyse(config, target, evaluation=evaluation)
     mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh), devices=target.devices)
     state, frozen, _, _ = program_of(config, mesh).arguments
-    assert report.cost is not None
     sent: dict[str, float] = {}
-    for (kind, axes), moved in report.cost.collectives.items():
+    for (kind, axes), moved in (report.cost.collectives if report.cost else {}).items():
         size = math.prod(report.mesh[name] for name in axes.split("+"))
         sent[axes] = sent.get(axes, 0.0) + roofline.sent(kind, moved.num_bytes, size)
     return Row(report, sent, least(config, report, state.params, frozen))

@@ -6,8 +6,7 @@ Nothing is run: libtpu compiles the training and the validation step of each pre
 that `--list_presets` names for a topology; `--run` adds others, of another mesh for instance.
 Published shapes stand for the finished models that a user has. Mid-training of 14B takes a quarter
 of an hour to compile, the others a few minutes.
-`floor.py` has the floor, which counts a recurrent core and rollouts once.
-Goal: at most 1.2 times the floor.
+Goal: at most 1.2 times the floor of `floor.py`; recurrent depth and mid-training have none.
 """
 
 import floor
@@ -15,7 +14,6 @@ import harness
 from absl import app, flags
 
 from jaxlib_methods.train import compile_only, presets, roofline
-from jaxlib_methods.train import flags as train_flags
 from jaxlib_methods.train.config import RunConfig
 
 PRESETS = flags.DEFINE_list("presets", [], "Of these only; all that name pods by default.")
@@ -27,37 +25,49 @@ GIB = roofline.GIB
 def configured(preset: str, topology: str) -> RunConfig:
     """The run of a preset on a topology."""
     found = presets.PRESETS[preset]
-    changes = f"{found.pods.get(topology, '')} {RUN.value}"
-    values = flags.FlagValues()
-    train_flags.define(values)
-    given = [f"--preset={preset}", *found.shapes, *changes.split()]
-    train_flags.parse(["train", "--compile_only", *given], values)
-    return train_flags.run_config(values)
+    of_pod = found.pods.get(topology, "").split()
+    return floor.configured(f"--preset={preset}", *found.shapes, *of_pod, *RUN.value.split())
+
+
+def cells(config: RunConfig, row: floor.Row) -> tuple[str, ...]:
+    """What a program holds, its seconds, and the ratio where a floor is stated."""
+    report = row.report
+    mesh = ", ".join(f"{name} {size}" for name, size in report.mesh.items() if size > 1)
+    memory = [report.memory.peak, report.memory.evaluation, report.memory.limit or 0]
+    peak, evaluation, limit = (f"{size / GIB:.1f}" for size in memory)
+    secs = "does not fit"
+    if report.roofline is not None:
+        rates = (report.roofline.compute, report.roofline.memory, report.roofline.links)
+        secs = ", ".join(f"{rate:.3g}" for rate in rates)
+    return (
+        f"{mesh}, micro-batches {config.train.num_microbatches}",
+        f"{peak} of {limit} ({evaluation})",
+        secs,
+        f"{row.ratio:.2f}" if has_floor(config, row) else "-",
+    )
+
+
+def has_floor(config: RunConfig, row: floor.Row) -> bool:
+    """Whether the floor is that of all that the step does; see `floor.py`."""
+    whole = config.method not in ("depth_recurrence", "reinforcement_midtraining")
+    return whole and row.report.cost is not None
 
 
 def main(_: list[str]) -> None:
     """Compiles, prints the table and the goal."""
     print(", ".join(harness.provenance()) + "\n")
-    print("| preset | topology | mesh | GiB (validation) of | compute, memory, links s | floor |")
+    print("| preset | topology | mesh | GiB (validation) | compute, memory, links s | floor |")
     print("|---|---|---|---|---|---|")
-    worst = 0.0
+    ratios = []
     for preset in PRESETS.value or [name for name, found in presets.PRESETS.items() if found.pods]:
         for topology in TOPOLOGIES.value or presets.PRESETS[preset].pods:
             config, target = configured(preset, topology), compile_only.target_of(topology)
             row = floor.measure(config, target, evaluation=True)
-            memory, rates = row.report.memory, row.report.roofline
-            assert memory.limit is not None
-            assert rates is not None
-            mesh = ", ".join(f"{name} {n}" for name, n in row.report.mesh.items() if n > 1)
-            held = f"{memory.peak / GIB:.1f} ({memory.evaluation / GIB:.1f})"
-            cells = (
-                preset, topology, f"{mesh}, {config.train.num_microbatches} parts",
-                f"{held} of {memory.limit / GIB:.2f}",
-                f"{rates.compute:.3g}, {rates.memory:.3g}, {rates.links:.3g}", f"{row.ratio:.2f}",
-            )  # fmt: skip
-            print(f"| {' | '.join(cells)} |", flush=True)
-            worst = max(worst, row.ratio)
-    harness.check_goal("bytes sent, of the floor", worst, limit=floor.GOAL)
+            print(f"| {' | '.join((preset, topology, *cells(config, row)))} |", flush=True)
+            if has_floor(config, row):
+                ratios.append(row.ratio)
+    if ratios:
+        harness.check_goal("bytes sent, of the floor", max(ratios), limit=floor.GOAL)
 
 
 if __name__ == "__main__":

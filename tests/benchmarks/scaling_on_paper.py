@@ -15,7 +15,6 @@ import harness
 from absl import app, flags
 
 from jaxlib_methods.train import compile_only, presets, roofline
-from jaxlib_methods.train import flags as train_flags
 from jaxlib_methods.train.config import RunConfig
 
 RUN = flags.DEFINE_string(
@@ -33,16 +32,8 @@ GIB = roofline.GIB
 
 def configured(batch_size: int) -> RunConfig:
     """The run with another batch, on any number of chips."""
-    values = flags.FlagValues()
-    train_flags.define(values)
-    given = [
-        "--compile_only",
-        *RUN.value.split(),
-        "--mesh.data=-1",
-        f"--data.batch_size={batch_size}",
-    ]
-    train_flags.parse(["train", *given], values)
-    return train_flags.run_config(values)
+    mesh, batch = "--mesh.data=-1", f"--data.batch_size={batch_size}"
+    return floor.configured(*RUN.value.split(), mesh, batch)
 
 
 def main(_: list[str]) -> None:

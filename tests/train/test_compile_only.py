@@ -454,12 +454,18 @@ def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path
 
 
 @pytest.mark.parametrize(
-    ("fsdp", "wider"), [(64, "leaves 24 of embed_dim 1536.* --mesh.fsdp=8 and"), (8, None)]
+    ("width", "fsdp", "wider"),
+    [
+        (1536, 64, "leaves 24 of embed_dim 1536.* --mesh.fsdp=8 and"),
+        (1536, 12, None),  # 128
+        (1536, 13, "leaves 118 .* --mesh.fsdp=1 and"),
+        (128, 4, None),  # no cut leaves more
+    ],
 )
 def test_a_hint_where_fsdp_leaves_less_than_a_tile(
-    tiny: Callable[..., RunConfig], tmp_path: Path, fsdp: int, wider: str | None
+    tiny: Callable[..., RunConfig], tmp_path: Path, width: int, fsdp: int, wider: str | None
 ):
-    config = tiny(tmp_path, embed_dim=1536)
+    config = tiny(tmp_path, embed_dim=width)
     report = report_of()._replace(mesh=AXES | {"fsdp": fsdp})
     hints = re.findall("^hint: .*", compile_report.text(config, report), re.MULTILINE)
     assert len(hints) == (wider is not None)

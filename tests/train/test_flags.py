@@ -351,3 +351,4 @@ def test_list_presets_prints_every_command(python: Run):
     assert (done.returncode, done.stderr) == (0, "")
     for preset in flags.presets.PRESETS.values():
         assert f"    {preset.command}\n" in done.stdout
+        assert all(f"{flag}\n" in done.stdout for flag in preset.shapes)

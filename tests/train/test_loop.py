@@ -23,6 +23,7 @@ from jaxlib_methods.models import huggingface
 from jaxlib_methods.models.partitioning import make_mesh
 from jaxlib_methods.train import (
     checkpoint,
+    data,
     lock,
     loop,
     metrics,
@@ -278,6 +279,25 @@ def test_where_the_time_went_is_written_by_each_start(tiny, tmp_path, monkeypatc
         assert secs["checkpoint"] >= 0.25
         assert min(secs["start"], secs["compile"], secs["input"]) > 0
     assert "time/evaluation_secs" in times(tmp_path)[1]
+
+
+@pytest.mark.parametrize("busy", [True, False])
+def test_a_wait_for_input_counts_where_nothing_else_goes_on(
+    tiny, tmp_path, monkeypatch, busy: bool
+):
+    make = data.device_batches
+
+    def slowly(*arguments, **settings):
+        for batch in make(*arguments, **settings):
+            time.sleep(0.1)
+            yield batch
+
+    monkeypatch.setattr(data, "device_batches", slowly)
+    monkeypatch.setattr(type(jnp.zeros(())), "is_ready", lambda self: not busy)
+    prepared = loop.prepare(tiny(tmp_path, every=0))
+    loop.train(prepared, stop=threading.Event(), started=time.perf_counter())
+    waited = times(tmp_path)[0].get("time/input_secs", 0.0)
+    assert waited == 0 if busy else waited >= 8 * 0.1
 
 
 def test_steps_that_are_done_again_are_lost_time(tiny, tmp_path, read_metrics):

@@ -190,5 +190,15 @@ def test_what_a_preset_says_of_pods_cuts_its_rows_and_parameters(preset: str):
         program_of(config, mesh)
 
 
+@pytest.mark.parametrize(
+    "preset", [name for name, found in presets.PRESETS.items() if found.shapes]
+)
+def test_shapes_take_the_place_of_a_presets_files(preset: str):
+    assert presets.PRESETS[preset].needs
+    shapes = presets.PRESETS[preset].shapes
+    config, _ = configured(preset, " ".join(["cpu:8", "--mesh.fsdp=8", *shapes]))
+    program_of(config, partitioning.make_mesh(data=1, fsdp=8))
+
+
 def test_golden_folder_holds_nothing_else():
     assert {path.stem for path in GOLDEN.iterdir()} == {*PODS, *(f"cpu_{name}" for name in METHODS)}
