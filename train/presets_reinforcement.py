@@ -254,8 +254,8 @@ PRESETS: dict[str, Preset] = {
     ),
     "reinforcement_midtraining_rlp_1p7b": Preset(
         config=_information_gain_1p7b(),
-        hardware="not known: with whole scores and logits, compiled for 64 TPU v6e, 184 GiB of a "
-        "chip's 31; in tiles, as it is here, not compiled; try collect_parts=4",
+        hardware="not known: 64 TPU v6e are too small for it with --mesh.data=8 --mesh.fsdp=8 "
+        "--train.num_microbatches=8 (compiled); with --mesh.tensor it was not tried in tiles",
         time="42 min on H100 (computed)",
         result="QWEN Qwen3-1.7B-Base; paper: 42.2 % against 34.0 % without, mean of its tasks",
         needs=_QWEN,
