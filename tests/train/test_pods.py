@@ -24,6 +24,7 @@ from jaxlib_methods.depth_recurrence_config import DepthRecurrenceConfig
 from jaxlib_methods.energy_config import EnergyConfig
 from jaxlib_methods.late_to_early import LateToEarlyConfig
 from jaxlib_methods.models import partitioning
+from jaxlib_methods.models.config import PUBLISHED
 from jaxlib_methods.reinforcement_midtraining_config import ReinforcementMidtrainingConfig
 from jaxlib_methods.train import compile_only, flags, presets
 from jaxlib_methods.train.abstract import program_of
@@ -196,6 +197,7 @@ def test_what_a_preset_says_of_pods_cuts_its_rows_and_parameters(preset: str):
 def test_shapes_take_the_place_of_a_presets_files(preset: str):
     assert presets.PRESETS[preset].needs
     shapes = presets.PRESETS[preset].shapes
+    assert {flag.split("=")[1] for flag in shapes} <= PUBLISHED.keys()
     config, _ = configured(preset, " ".join(["cpu:8", "--mesh.fsdp=8", *shapes]))
     program_of(config, partitioning.make_mesh(data=1, fsdp=8))
 
