@@ -88,7 +88,7 @@ def tiers_of(setting: Setting, extra: Any, batch: Any) -> jax.Array:
     if isinstance(batch, TieredBatch):
         return jnp.where(batch.where, batch.tier, -1).astype(jnp.int8)
     hardest = len(curriculum.TIERS) - 1
-    if cfg.positions == "uniform":
+    if not cfg.has_tiers:
         return jnp.where(batch.where, hardest, -1).astype(jnp.int8)
     out = setting.apply(
         extra["initial"], batch.inputs, positions=batch.positions, segments=batch.segments
@@ -301,8 +301,10 @@ def score(
     return rewards.total_reward(match, length, weight=cfg.length_weight), metrics
 
 
-def _shares(thoughts: Thoughts) -> Metrics:
-    """How many of the places belong to each tier."""
+def _shares(setting: Setting, thoughts: Thoughts) -> Metrics:
+    """How many of the places belong to each tier, where they have any."""
+    if not setting.cfg.has_tiers:
+        return {}
     tiers, where = thoughts.tiers.reshape(-1), thoughts.valid.reshape(-1)
     return {
         f"share_{name}": losses.masked_sum((tiers == i).astype(jnp.float32), where=where)
@@ -312,8 +314,7 @@ def _shares(thoughts: Thoughts) -> Metrics:
 
 def _empties(setting: Setting, tiers: jax.Array, probabilities: jax.Array) -> Metrics:
     """Whether a tier of the text that is to be drawn from has no token in the whole batch."""
-    cfg = setting.cfg
-    if cfg.task != "text" or cfg.positions == "uniform":
+    if setting.cfg.task != "text" or not setting.cfg.has_tiers:
         return {}
     empty = [(share > 0) & ~(tiers == i).any() for i, share in enumerate(probabilities)]
     pairs = zip(curriculum.TIERS, empty, strict=True)
@@ -342,7 +343,7 @@ def make_collect(setting: Setting) -> Callable[..., Any]:
             "reward": rewarded,
             "reward_fall": (fall, one),
             "budget": (budget.astype(jnp.float32), one),
-            **_shares(thoughts),
+            **_shares(setting, thoughts),
             **_empties(setting, tiers, probabilities),
         }
         advantages = jnp.where(valid[:, None], advantages_of(cfg, reward), 0)

@@ -45,7 +45,7 @@ def parts(
         score += prompts * (prompt_length * prompt + head)
     if cfg.kl_weight:
         score += responses * response
-    if cfg.task == "text" and cfg.positions != "uniform" and cfg.entropy is None:
+    if cfg.task == "text" and cfg.has_tiers and cfg.entropy is None:
         score += text
     return Parts(
         rollout=rollout,

@@ -98,10 +98,10 @@ def make_loss(setting: Setting) -> LossFn:
 def make_evaluate(setting: Setting) -> LossFn:
     """Validation: next tokens without thought, and places with one.
 
-    Metrics: `loss`; at places drawn evenly from the tiers `accuracy`, of each tier too, after a
-    thought within the step's budget, and `plain_accuracy` of the likeliest token without thought;
-    or `information_gain`, and `shuffled_gain` of thoughts about other places, which shows whether
-    it is what they say that helps; `thought_length`.
+    Metrics: `loss`; at places drawn evenly from the tiers, where text has any, `accuracy`, of each
+    tier too, after a thought within the step's budget, and `plain_accuracy` of the likeliest token
+    without thought; or `information_gain`, and `shuffled_gain` of thoughts about other places,
+    which shows whether it is what they say that helps; `thought_length`.
     """
     # One thought a place is less than a step collects: micro-batches are parts enough.
     cfg = dataclasses.replace(setting.cfg, collect_parts=1)
@@ -131,7 +131,7 @@ def make_evaluate(setting: Setting) -> LossFn:
                 metrics[name] = (total - found["plain_log_prob"][0], count)
             return scalar, metrics
         match = matches(setting, thoughts.asked, thoughts.responses)[:, 0]
-        for i, name in enumerate(curriculum.TIERS):
+        for i, name in enumerate(curriculum.TIERS if cfg.has_tiers else ()):
             metrics[f"accuracy_{name}"] = average(match, valid & (tiers == i))
         metrics["plain_accuracy"] = average(_guesses_right(setting, params, thoughts), valid)
         return scalar, metrics
@@ -335,7 +335,7 @@ def _prefix_length(cfg: ReinforcementMidtrainingConfig, context: Context) -> int
 def _initial_model(setting: Setting, context: Context) -> Callable[[jax.Array], Any]:
     """Loads the frozen model that the run begins with, where something is measured by it."""
     cfg = setting.cfg
-    by_entropy = cfg.task == "text" and cfg.positions != "uniform" and cfg.entropy is None
+    by_entropy = cfg.task == "text" and cfg.has_tiers and cfg.entropy is None
     if not by_entropy and not cfg.kl_weight:
         return lambda key: ()
     source = context.init_from

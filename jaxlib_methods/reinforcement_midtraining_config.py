@@ -226,6 +226,11 @@ class ReinforcementMidtrainingConfig:
         return (parts, again) if self.gather_weights else (parts,)
 
     @property
+    def has_tiers(self) -> bool:
+        """Whether places are easy, medium or hard: text drawn anywhere is not told apart."""
+        return self.task != "text" or self.positions != "uniform"
+
+    @property
     def question_bits(self) -> int:
         """Bits of a parity question."""
         return 8 if self.bits is None else self.bits

@@ -469,6 +469,15 @@ def test_validation(cfg: ReinforcementMidtrainingConfig, monkeypatch: pytest.Mon
     assert 0 <= mean(found["plain_accuracy"]) <= 1
 
 
+def test_places_drawn_anywhere_are_of_no_tier():
+    anywhere = dataclasses.replace(TEXT, positions="uniform")
+    method, batch = rmt.make(anywhere, context()), text_batch()
+    evaluate = functools.partial(method.evaluate, step=jnp.int32(0), key=KEY)
+    _, found = jax.jit(evaluate)(PARAMS, method.init(KEY), batch)
+    assert {name for name in found if "accuracy" in name} == {"accuracy", "plain_accuracy"}
+    assert not [name for name in collected(anywhere)[2] if name.startswith(("share_", "empty_"))]
+
+
 def test_a_whole_step_is_compiled_once():
     method = rmt.make(dataclasses.replace(TEXT, budget_decay=0.3), context())
     optimizer, mesh = optax.sgd(0.1), partitioning.make_mesh(devices=jax.devices()[:1])
