@@ -89,11 +89,10 @@ class LateToEarlyConfig:
         )
 
     def stop(self, num_steps: int) -> int:
-        """The optimiser step from which on there is no teacher."""
+        """The optimiser step from which on there is no teacher; a run may end before it."""
         if self.objective == "reverse_kd":
             return num_steps
-        wanted = round(self.stop_fraction * num_steps) if self.stop_step is None else self.stop_step
-        return min(wanted, num_steps)
+        return round(self.stop_fraction * num_steps) if self.stop_step is None else self.stop_step
 
 
 def _require(condition: bool, message: str) -> None:

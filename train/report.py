@@ -90,7 +90,11 @@ def finish(runs: Runs, workdir: epath.PathLike) -> None:
             print(compare(name, summary, baseline))
     folder = epath.Path(workdir)
     paths = {name: epath.Path(summary.workdir) / FILE_NAME for name, summary in runs.items()}
-    stops = {name: s.stop_step for name, s in runs.items() if s.stop_step is not None}
+    stops = {
+        name: s.stop_step
+        for name, s in runs.items()
+        if s.stop_step is not None and s.stop_step <= s.num_steps
+    }
     text = all(_is_text(summary) for summary in runs.values())
     unit = "nats per token" if text else None
     if plots.draw_curves(paths, folder / PICTURE, stop_steps=stops, unit=unit):

@@ -362,7 +362,7 @@ def test_from_the_stop_step_on_the_program_is_next_token_prediction():
         ({"stop_step": None}, 10),  # half of 20
         ({"stop_step": None, "stop_fraction": 0.23}, 5),  # 4.6
         ({"stop_step": 7, "stop_fraction": 0.5}, 7),
-        ({"stop_step": 700}, 20),
+        ({"stop_step": 700}, 700),  # behind the end of the run
         ({"objective": "salt", "stop_step": 7}, 7),
         ({"objective": "reverse_kd", "stop_step": 7}, 20),
     ],
@@ -374,11 +374,12 @@ def test_stop_step(changes, stop):
 
 
 def test_the_weight_fades_to_the_stop_step_of_the_run():
-    method = make(changed(stop_step=None), context())
-    with jax.disable_jit():
-        _, metrics = method.loss(params_of(STUDENT), EXTRA, BATCH, step=jnp.int32(5), key=KEY)
-    total, count = metrics["alignment_weight"]
-    np.testing.assert_allclose(total / count, 0.25, rtol=1e-6)  # half of 0.5, at 5 of 10
+    for stop, weight in ((None, 0.25), (40, 0.4375)):  # of 0.5, at 5 of 10 and of 40
+        method = make(changed(stop_step=stop), context())
+        with jax.disable_jit():
+            _, metrics = method.loss(params_of(STUDENT), EXTRA, BATCH, step=jnp.int32(5), key=KEY)
+        total, count = metrics["alignment_weight"]
+        np.testing.assert_allclose(total / count, weight, rtol=1e-6)
 
 
 def test_the_teacher_is_read_once_in_the_dtype_of_the_run():

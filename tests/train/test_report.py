@@ -92,7 +92,7 @@ def test_finish_prints_table_comparison_and_picture(tmp_path, capsys, monkeypatc
     runs = {
         "teacher": summarise(write_run(tmp_path / "teacher", [5.0, 4.5])),
         "let": summarise(write_run(tmp_path, [4.5, 3.5], **aligned), stop_step=10),
-        "baseline": summarise(write_run(tmp_path / "baseline", [5.0, 4.0])),
+        "baseline": summarise(write_run(tmp_path / "baseline", [5.0, 4.0]), stop_step=21),
     }
     report.finish(runs, tmp_path)
     assert capsys.readouterr().out == (
