@@ -410,11 +410,14 @@ def _collected(
     text = Batch(batch.inputs, batch.targets, batch.positions, batch.segments, where)
     share = where.sum() / jnp.maximum(thoughts.valid.sum(), 1)
     by_row = lambda x: x.reshape(D, K, *x.shape[1:])  # noqa: E731
+    # Where no place was found, the thoughts about the row's first token count nowhere.
+    responses = jax.tree.map(by_row, thoughts.responses)
+    responses = responses._replace(where=responses.where & thoughts.valid[..., None, None])
     return Collected(
         text=text,
         prompts=by_row(thoughts.prompts),
         lengths=by_row(thoughts.lengths),
-        responses=jax.tree.map(by_row, thoughts.responses),
+        responses=responses,
         advantages=by_row(advantages),
         reference=by_row(reference),
         share=jnp.broadcast_to(share, (D,)),

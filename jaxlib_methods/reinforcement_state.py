@@ -20,7 +20,10 @@ def init_state(
     state: dict[str, Any] = {"reward": jnp.zeros(()), "best": jnp.zeros(())}
     if cfg.reward == "information_gain":
         params = transformer.init_params(model, key)
-        state["average"] = jax.tree.map(jnp.zeros_like, params)  # the first step replaces it
+        # The first step replaces it. In bfloat16 it would not move: 0.999 is 1 there.
+        state["average"] = jax.tree.map(
+            lambda leaf: jnp.zeros_like(leaf, jnp.promote_types(leaf.dtype, jnp.float32)), params
+        )
     return state
 
 
@@ -32,7 +35,7 @@ def move(
         return state
     tau = jnp.where(step == 0, 0.0, cfg.ema_decay)
     average = jax.tree.map(
-        lambda phi, theta: (tau * phi + (1 - tau) * theta).astype(phi.dtype),
+        lambda phi, theta: (tau * phi + (1 - tau) * theta.astype(phi.dtype)).astype(phi.dtype),
         state["average"],
         params,
     )

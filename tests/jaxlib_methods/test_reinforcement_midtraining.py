@@ -14,7 +14,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxlib_methods import flops, next_token, registry, reinforcement_flops
+from jaxlib_methods import flops, next_token, registry, reinforcement_flops, reinforcement_state
 from jaxlib_methods import reinforcement_midtraining as rmt
 from jaxlib_methods.method import Batch, Context, Method, Pretrained, TieredBatch
 from jaxlib_methods.models import partitioning
@@ -314,6 +314,18 @@ def test_the_baseline_follows_the_model():
     assert mean(metrics["reward"]) == pytest.approx(gain, abs=1e-5)
 
 
+def test_the_baseline_moves_where_parameters_are_short():
+    """In bfloat16 a decay of 0.999 is 1."""
+    cfg = dataclasses.replace(RLP, ema_decay=0.999)
+    theta = {"kernel": jnp.full(3, 2.0, jnp.bfloat16)}
+    short = dataclasses.replace(MODEL, param_dtype="bfloat16")
+    average = reinforcement_state.init_state(cfg, short, KEY)["average"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(average)} == {jnp.dtype(jnp.float32)}
+    state = {"average": {"kernel": jnp.ones(3)}}
+    state = reinforcement_state.move(cfg, state, theta, jnp.int32(1))
+    np.testing.assert_allclose(state["average"]["kernel"], 1.001, rtol=1e-6)
+
+
 def test_the_baseline_is_not_trained():
     """phi has no state of the optimiser, and no gradient, even where it makes the advantages."""
     cfg = dataclasses.replace(RLP, advantage="absolute")
@@ -411,6 +423,10 @@ def test_the_divergence_is_from_the_initial_model():
     gradient, metrics = program(cfg).gradient(moved, still)
     assert mean(metrics["kl"]) > 1e-3
     assert largest(gradient) > 1e-3
+    # Where no place was found there is nothing to stay near to.
+    nothing, _, _ = collected(cfg, batch=text_batch((0, 0, 0, 0)))
+    gradient, metrics = program(cfg).gradient(moved, nothing)
+    assert largest(gradient) == float(metrics["kl"][1]) == 0
 
 
 def test_a_taught_thought_is_learned_by_its_likelihood():
