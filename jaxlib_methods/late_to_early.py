@@ -286,6 +286,11 @@ def make(cfg: LateToEarlyConfig, context: Context) -> Method:
     found = context.load_pretrained(cfg.teacher, weights=False)
     check_teacher(found, context)
     student = context.model
+    _require(
+        cfg.objective == "alignment" or student.loss_implementation in ("auto", "logits"),
+        f"late_to_early.objective={cfg.objective} reads the logits of both models; leave out "
+        f"model.loss_implementation={student.loss_implementation}, or give auto or logits",
+    )
     teacher = dataclasses.replace(
         found.config,
         compute_dtype=student.compute_dtype,

@@ -62,6 +62,11 @@ class EnergyTransformerConfig:
                     f"model.{name}={getattr(self.trunk, name)} has no meaning in an energy "
                     f"transformer; set model.{name}={str(value).lower()}"
                 )
+        if self.trunk.loss_implementation not in ("auto", "logits"):
+            raise ValueError(
+                f"model.loss_implementation={self.trunk.loss_implementation} has no meaning in an "
+                "energy transformer, whose predictions are logits; set it to auto or logits"
+            )
 
     @property
     def shift(self) -> int:

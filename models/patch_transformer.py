@@ -22,6 +22,7 @@ from jaxlib_methods.models.transformer import REMAT_POLICIES
 
 NORM_EPS = 1e-6
 LEVEL_FEATURES = 256  # sines and cosines of a noise level
+_OF_TEXT = ("vocab_size", "max_length")  # set by a run's data, whatever the model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +69,15 @@ class PatchTransformerConfig:
         Raises ValueError where the run's model asks for what these blocks do not have.
         """
         plain = TransformerConfig()
-        names = ("norm", "mlp", "positions", "num_kv_heads", "head_dim", "qk_norm", "block")
-        for name in (*names, "attention_implementation", "recurrence"):
+        names = ("num_layers", "embed_dim", "num_heads", "mlp_dim")
+        names += ("compute_dtype", "param_dtype", "remat")
+        unread = {field.name for field in dataclasses.fields(model)} - {*names, *_OF_TEXT}
+        for name in sorted(unread):
             if getattr(model, name) != getattr(plain, name):
                 raise ValueError(
                     f"model.{name}={getattr(model, name)} has no meaning in a patch transformer; "
                     "leave it out"
                 )
-        names = ("num_layers", "embed_dim", "num_heads", "mlp_dim")
-        names += ("compute_dtype", "param_dtype", "remat")
         return cls(**{name: getattr(model, name) for name in names}, **fields)
 
     @property

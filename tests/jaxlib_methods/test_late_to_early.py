@@ -442,6 +442,14 @@ def test_a_missing_teacher_is_refused():
         make(changed(teacher=""), context())
 
 
+@pytest.mark.parametrize("objective", ["salt", "reverse_kd"])
+def test_distillation_refuses_a_loss_without_logits(objective):
+    model = dataclasses.replace(STUDENT, loss_implementation="xla")
+    make(ALIGN, context(model=model))
+    with pytest.raises(ValueError, match=r"leave out model\.loss_implementation=xla"):
+        make(changed(objective=objective), context(model=model))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

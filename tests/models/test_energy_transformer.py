@@ -205,12 +205,13 @@ def test_initialisation_and_shape_of_the_parameters():
     }
     for values, deviation in deviations.values():
         np.testing.assert_allclose(jnp.std(values), deviation, rtol=0.03)
+    np.testing.assert_allclose(jnp.std(params["landscapes"]["table"]), 1.0, rtol=0.2)
 
 
 def test_unfit_trunks_are_refused():
     with pytest.raises(ValueError, match="num_landscapes -1 must not be negative"):
         EnergyTransformerConfig(num_landscapes=-1)
-    changes: Any = {"positions": "learned", "parallel_residual": True}
+    changes: Any = {"positions": "learned", "parallel_residual": True, "loss_implementation": "xla"}
     for name, value in changes.items():
         with pytest.raises(ValueError, match=r"model\..* has no meaning in an energy transformer"):
             EnergyTransformerConfig(trunk=dataclasses.replace(TRUNK, **{name: value}))

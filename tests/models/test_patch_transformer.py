@@ -157,6 +157,25 @@ def test_impossible_sizes_are_refused(fields, message):
         dataclasses.replace(ENERGY, **fields)
 
 
+def test_the_patch_embedding_is_drawn_as_published():
+    wide = dataclasses.replace(ENERGY, embed_dim=64)
+    kernel = new_params(wide)["patches"]["kernel"]
+    bound = math.sqrt(6 / (P * P * C + 64))  # Xavier-uniform
+    assert 0.97 * bound < float(jnp.abs(kernel).max()) <= bound
+    np.testing.assert_allclose(jnp.std(kernel), bound / math.sqrt(3), rtol=0.06)
+
+
+@pytest.mark.parametrize(
+    "change", [{"qkv_bias": True}, {"rope_theta": 5.0}, {"loss_implementation": "logits"}]
+)
+def test_what_images_do_not_read_is_refused(change):
+    model = dataclasses.replace(TransformerConfig(vocab_size=300, max_length=9), **change)
+    with pytest.raises(
+        ValueError, match=f"model.{next(iter(change))}=.* has no meaning in a patch"
+    ):
+        pt.PatchTransformerConfig.of(model)
+
+
 def test_sizes_of_a_run():
     model = TransformerConfig(num_layers=3, embed_dim=32, num_heads=8, remat="full")
     cfg = pt.PatchTransformerConfig.of(model, image_size=8, channels=1, patch_size=2)
