@@ -105,7 +105,8 @@ class DepthRecurrenceConfig:
     depth_embedding: a vector for each step, of deviation 1 (`normal`) or 0.02 (`small`).
     norm_placement: of the block; none is `pre`, and `post` is for comparison.
     dropout: of the embedding, of each sub-layer's output and in the readout; none is 0.1. The
-        paper's code drops attention weights too; here they stay.
+        paper's code drops attention weights and the feed-forward's hidden layer too; here those
+        stay.
     easiest, hardest: difficulties of the training questions, hops or nesting or facts; none is the
         paper's (1 to 5, 1 to 8, 2 to 5).
     eval_difficulties: of the validation questions; none is the paper's.

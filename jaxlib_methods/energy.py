@@ -8,7 +8,7 @@ descends; a next-token loss on where it arrives trains the energy through the de
 which is the official code's step, taken in probabilities; `space=logit` is the paper's equation 1,
 z_(k+1) = z_k - alpha dE/dz. The defaults are the paper's System 1; its System 2 sets
 `num_steps=2 max_steps=3 loss_steps=last learn_step_size=false random_step_size=2
-noise=3 replay_size=192 update_rms=16`.
+noise=3 replay_size=192 update_rms=26`.
 """
 
 import functools

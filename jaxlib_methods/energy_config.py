@@ -18,15 +18,17 @@ class EnergyConfig:
     step_size: alpha at the start; none calibrates it so that the first update has the root mean
         square update_rms, whatever the vocabulary and width (the paper's 500 and 5 belong to a
         vocabulary of 50277 alone).
-    update_rms: of the first update, in logits, where step_size is none. The paper's sizes come to
-        1590 (System 1) and 16 (System 2); 100 lies between the two best of a sweep on bytes.
+    update_rms: of the first update, in logits, where step_size is none. With the paper's step sizes
+        its smallest model comes to some 2600 (System 1) and 26 (System 2) here, by the first
+        slopes in EXPERIMENTS; 100 lies between the two best of a sweep on bytes.
     learn_step_size: alpha is trained, without weight decay.
     step_size_rate: factor on the learning rate of alpha relative to its start; the paper's rule
         of three times alpha is 3.
     random_step_size: f draws alpha uniformly between alpha / f and alpha * f, for each position;
         1 does not.
     noise: standard deviation of the Langevin noise on the logits before each step.
-    eval_noise: the same in evaluation. Not published; 0 is recommended for a single candidate.
+    eval_noise: the same in evaluation. The official code keeps the noise of training there; 0 is
+        recommended for a single candidate.
     space: `probability` steps as the official code does, `logit` as the paper's equation 1.
     initial: candidates begin as standard normal logits (`noise`) or all equal (`uniform`).
     initial_scale: factor on the standard normal logits.
@@ -36,7 +38,7 @@ class EnergyConfig:
         before the last are then free. `all_steps` differentiates through the whole descent.
     memory: `recompute` saves one candidate a step; `save` keeps what its derivative needs.
     num_landscapes: learned vectors in front of the text, one per step and the last for all later
-        ones; none is one for each trained step, and 0 where only one step is trained.
+        ones; none is one for each trained step, as published. 0: none.
     candidate_embedding: `own` is a matrix of its own, `token` the token embedding.
     replay_size: descents kept to go on from, in sequences; 0: none.
     replay_every: fresh sequences for each replayed one.
@@ -108,9 +110,7 @@ class EnergyConfig:
     @property
     def landscapes(self) -> int:
         """Number of learned vectors in front of the text."""
-        if self.num_landscapes is None:
-            return self._trained_steps if self._trained_steps > 1 else 0
-        return self.num_landscapes
+        return self._trained_steps if self.num_landscapes is None else self.num_landscapes
 
     @property
     def most_steps(self) -> int:

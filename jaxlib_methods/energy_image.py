@@ -40,7 +40,8 @@ class EnergyImageConfig(RestorationConfig):
     mask_share: share of the patches that the task `mask` replaces.
     data_seed: another number is another set of images.
     num_descent_steps: N. The paper trains image models with 1.
-    step_size: alpha, of energies that are means over patches; where it is learned, its start.
+    step_size: alpha, of energies that are means over patches; where it is learned, its start. The
+        paper's is 3000, for images of 128 x 128.
     learn_step_size: train alpha too; below 0.0001 it counts as 0.0001.
     step_size_rate: factor on alpha's learning rate; none is 3 * step_size.
     loss_steps: which y_k are compared with the clean image, `last` or the mean of `all`.

@@ -255,7 +255,7 @@ def _gain(
 def advantages_of(cfg: ReinforcementMidtrainingConfig, reward: jax.Array) -> jax.Array:
     """Advantages of rewards `[..., G]`."""
     if cfg.advantage == "group":
-        return policy_gradient.group_advantages(reward)
+        return policy_gradient.group_advantages(reward, epsilon=cfg.advantage_epsilon)
     if cfg.advantage == "leave_one_out":
         return policy_gradient.leave_one_out_advantages(reward)
     return reward

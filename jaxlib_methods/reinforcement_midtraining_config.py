@@ -65,8 +65,10 @@ class ReinforcementMidtrainingConfig:
     budget, budget_decay, least_budget: tokens of a thought, budget * budget_decay ** (t / T).
     advantage: rewards of a position's thoughts, whitened (`group`), against the mean of the others
         (`leave_one_out`), or as they are (`absolute`, in no paper).
+    advantage_epsilon: what `group` adds to the deviation that it divides by. Not published.
     clip_low, clip_high: the ratio to the sampling policy is clipped to 1 - low and 1 + high. With
-        one update a batch it is 1 but for rounding.
+        one update a batch it is 1 but for rounding. RMT's equation has no clip, RLP's bounds are
+        not published.
     token_mean: a response's loss is the mean over its tokens; otherwise their sum over the longest
         response's length.
     kl_weight: of the divergence from the initial model (the k3 estimator). Not published for RMT;
@@ -112,6 +114,7 @@ class ReinforcementMidtrainingConfig:
     budget_decay: float = 0.2
     least_budget: int = 1
     advantage: Literal["group", "leave_one_out", "absolute"] = "group"
+    advantage_epsilon: float = 1e-6
     clip_low: float = 0.2
     clip_high: float = 0.2
     token_mean: bool = True
@@ -149,7 +152,7 @@ class ReinforcementMidtrainingConfig:
         for name in ("kl_weight", "ntp_weight", "rl_weight", "length_peak", "data_seed"):
             value = getattr(self, name)
             _require(value >= 0, f"{name}={value} must not be negative")
-        for name in ("temperature", "guard"):
+        for name in ("temperature", "guard", "advantage_epsilon"):
             value = getattr(self, name)
             _require(value > 0, f"{name}={value} must be positive")
         _require(

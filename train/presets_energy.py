@@ -25,7 +25,7 @@ _SYSTEM_2: dict[str, Any] = {
     "random_step_size": 2.0,
     "noise": 3.0,
     "loss_steps": "last",
-    "num_landscapes": 0,
+    "num_landscapes": 1,
     "replay_size": 192,
 }
 
@@ -76,7 +76,10 @@ _SYSTEM_1 = {"step_size": 500.0}
 
 def _energy_tiny() -> RunConfig:
     """System 2 on the embedded text: bytes, 16 x 64 tokens a step, two CPU cores."""
-    fields = _SYSTEM_2 | {"step_size": None, "update_rms": 30.0, "replay_size": 96}
+    fields = _SYSTEM_2 | {
+        "step_size": None, "update_rms": 30.0, "replay_size": 96,
+        "num_landscapes": 0,  # one vector that no step differs by
+    }  # fmt: skip
     return RunConfig(
         method="energy",
         model=TransformerConfig(

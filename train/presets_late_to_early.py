@@ -22,7 +22,10 @@ _TINY_TEACHER = dataclasses.replace(_TINY, num_layers=2, embed_dim=64, mlp_dim=1
 
 
 def _published(shape: str, *, microbatches: int) -> RunConfig:
-    """LET at a published size: 20 billion tokens, about a million a step."""
+    """LET at a published size: 20 billion tokens, about a million a step.
+
+    Rate, batch, length, warm-up and betas are usual ones: the paper's were not found.
+    """
     return RunConfig(
         method="late_to_early",
         model=PUBLISHED[shape],

@@ -252,6 +252,30 @@ def show_alphas(root: pathlib.Path) -> None:
         line(job["fields"]["step_size"], curves["train/loss_first_step"][1][0], final(folder, root))
 
 
+def show_slopes(root: pathlib.Path) -> None:
+    """The first slope of the paper's smallest shape at its vocabulary, before any training."""
+    import flax.linen as nn
+    import jax
+
+    from jaxlib_methods import energy
+    from jaxlib_methods.energy_config import EnergyConfig
+    from jaxlib_methods.models import energy_transformer
+    from jaxlib_methods.models.config import PUBLISHED
+
+    del root
+    header("system", "root mean square of dE/dp, seeds 0 to 2")
+    of_2 = {"max_steps": 3, "noise": 3.0, "loss_steps": "last", "learn_step_size": False}
+    for name, cfg in (("1", EnergyConfig()), ("2", EnergyConfig(**of_2))):
+        model = energy.model_config(PUBLISHED["ebt_xxs"], cfg)
+
+        @jax.jit
+        def slope(key: Any, model: Any = model, cfg: Any = cfg) -> Any:
+            params = nn.meta.unbox(energy_transformer.init_params(model, key))
+            return energy.first_slope(cfg, model, params, jax.random.fold_in(key, 1))
+
+        line(name, ", ".join(f"{float(slope(jax.random.key(seed))):.2f}" for seed in range(3)))
+
+
 def show_rates(root: pathlib.Path) -> None:
     """The learning rate of each arm, seed 0."""
     header("arm", "learning rate", "final validation loss")
@@ -348,7 +372,7 @@ def main(argv: list[str]) -> None:
     del argv
     root = pathlib.Path(_WORKDIR.value).absolute()
     root.mkdir(parents=True, exist_ok=True)
-    all_tables: dict[str, dict[str, dict[str, Any]]] = {**tables(), "images": {}}
+    all_tables: dict[str, dict[str, dict[str, Any]]] = {**tables(), "images": {}, "slopes": {}}
     chosen = {k: v for k, v in all_tables.items() if not _ONLY.value or k in _ONLY.value}
     jobs = {folder: job for table in chosen.values() for folder, job in table.items()}
     configs = [config_of(*item, root) for item in jobs.items()]
@@ -357,6 +381,7 @@ def main(argv: list[str]) -> None:
     text = str(pathlib.Path(__file__).resolve().parents[2] / "LICENSE")
     shows: dict[str, Any] = {
         "alphas": show_alphas, "rates": show_rates, "scaling": show_scaling, "images": show_images,
+        "slopes": show_slopes,
         "systems": lambda root: show_systems(root, text),
         "long": lambda root: show_long(root, text),
     }  # fmt: skip
