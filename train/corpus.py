@@ -41,11 +41,15 @@ class DamagedFileError(ValueError):
 
 
 class SourceFile(NamedTuple):
-    """A file of a source; `relative` is its path below the source, the same on every machine."""
+    """A file of a source; `relative` is its path below the source, the same on every machine.
+
+    fault: of a folder whose files cannot be found, which stands for them, why not.
+    """
 
     path: epath.Path
     relative: str
     format: Format
+    fault: str = ""
 
 
 class Document(NamedTuple):
@@ -60,15 +64,17 @@ def find_files(source: str, *, format: str = "auto") -> list[SourceFile]:
     """The files of a source (`stdlib`, a file, a folder or a glob), sorted by relative path.
 
     With `format="auto"` a folder or glob gives the files with a known ending, and a single file
-    of another ending is text; with another format they give all files.
+    of another ending is text; with another format they give all files. A folder that cannot be
+    listed is among them, with its fault.
     """
     if source == "stdlib":
         return _find_stdlib()
     path = epath.Path(source).expanduser()
+    unlisted: list[SourceFile] = []
     if is_glob := _is_glob(source) and not path.exists():
-        found = _glob(path)
+        found = _glob(path, unlisted)
     elif path.is_dir():
-        found = [(path / relative, relative) for relative in _walk(path)]
+        found = [(path / relative, relative) for relative in _walk(path, unlisted)]
     elif path.exists():
         found = [(path, path.name)]
     else:
@@ -81,6 +87,7 @@ def find_files(source: str, *, format: str = "auto") -> list[SourceFile]:
         for file, relative in found
         if format != "auto" or not searched or file.suffix in FORMAT_OF_ENDING
     ]
+    files += unlisted
     if not files:
         raise FileNotFoundError(
             f"{source} has no files ending in {' '.join(FORMAT_OF_ENDING)}; "
@@ -97,18 +104,32 @@ def _format_of(path: epath.Path, format: str, *, default: Format | None) -> Form
 
 def _find_stdlib() -> list[SourceFile]:
     root = epath.Path(sysconfig.get_path("stdlib"))
-    return [
+    unlisted: list[SourceFile] = []
+    files = [
         SourceFile(root / relative, relative, "text")
-        for relative in sorted(_walk(root, excluded=STDLIB_EXCLUDED))
+        for relative in _walk(root, unlisted, excluded=STDLIB_EXCLUDED)
         # _sysconfigdata describes the machine that Python was built on.
         if relative.endswith(".py") and not relative.startswith("_sysconfigdata")
     ]
+    return sorted(files + unlisted, key=lambda file: file.relative)
 
 
-def _walk(root: epath.Path, *, excluded: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Paths below `root`, relative to it; hidden files and `excluded` folders are left out."""
+def _walk(
+    root: epath.Path, unlisted: list[SourceFile], *, excluded: frozenset[str] = frozenset()
+) -> Iterator[str]:
+    """Paths below `root`, relative to it; hidden files and `excluded` folders are left out.
+
+    Folders that cannot be listed are added to `unlisted`.
+    """
     top = _without_scheme(root)
-    for folder, folders, names in root.walk():
+
+    def on_error(error: OSError) -> None:
+        # Not every file system says which folder it was.
+        folder = epath.Path(error.filename or root)
+        relative = posixpath.relpath(_without_scheme(folder), top)
+        unlisted.append(SourceFile(root / relative, relative, "text", _one_line(error)))
+
+    for folder, folders, names in root.walk(on_error=on_error):
         folders[:] = [name for name in folders if name not in excluded and name[0] != "."]
         # In a bucket epath's walk gives folders without their scheme.
         inside = posixpath.relpath(_without_scheme(folder), top)
@@ -121,12 +142,21 @@ def _without_scheme(path: epath.Path) -> str:
     return str(path).split("://")[-1].strip("/") or "."
 
 
-def _glob(pattern: epath.Path) -> list[tuple[epath.Path, str]]:
+def _glob(pattern: epath.Path, unlisted: list[SourceFile]) -> list[tuple[epath.Path, str]]:
+    """Files and their paths below the pattern's fixed part; see `_walk`."""
     if "**" in pattern.parts:
         raise ValueError(f"{pattern} has `**`; give the folder, which is searched to the bottom")
     fixed = list(itertools.takewhile(lambda part: not _is_glob(part), pattern.parts))
-    root = epath.Path(*fixed)
-    matches = root.glob("/".join(pattern.parts[len(fixed) :]))
+    root, parts = epath.Path(*fixed), pattern.parts[len(fixed) :]
+    inside = (root.glob("/".join(parts[:number])) for number in range(1, len(parts)))
+    for folder in itertools.chain([root], *inside):
+        try:  # glob itself is silent of a folder that cannot be listed
+            if folder.is_dir():
+                next(folder.iterdir(), None)
+        except OSError as error:
+            relative = str(folder.relative_to(root))
+            unlisted.append(SourceFile(folder, relative, "text", _one_line(error)))
+    matches = root.glob("/".join(parts))
     return [(path, str(path.relative_to(root))) for path in matches if not path.is_dir()]
 
 
@@ -145,7 +175,8 @@ def read_documents(
 
     A text file is one document; a row of the other formats is one. `skip_binary` passes over text
     files that are not UTF-8. on_damaged: of a file that cannot be read, `skip` keeps the documents
-    before the fault, leaves out the rest, and names and counts such files on stderr.
+    before the fault, leaves out the rest, and names and counts such files on stderr. A folder that
+    cannot be listed counts as one.
     Raises DamagedFileError for them otherwise, ValueError where files are whole and hold no text.
     """
     damaged = 0
@@ -164,6 +195,8 @@ def read_documents(
 
 
 def _read_file(file: SourceFile, text_field: str, skip_binary: bool) -> Iterator[Document]:
+    if file.fault:
+        raise DamagedFileError(f"{file.path} cannot be read: {file.fault}")
     try:
         for document in _READERS[file.format](file, text_field):
             fault = _fault(document.text)

@@ -1,4 +1,6 @@
+import functools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -152,6 +154,31 @@ def test_damaged_files_are_skipped_from_the_fault_on_and_counted(
     assert count == "4 of 5 files of the corpus are damaged"
     with pytest.raises(DamagedFileError, match=r"a.jsonl:3 is not JSON"):
         list(read_documents(files))
+
+
+@pytest.mark.parametrize("pattern", ["", "*/*.txt"])
+def test_a_folder_that_cannot_be_listed_is_damaged(
+    tmp_path: Path,
+    pattern: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("open", "shut"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text(name)
+
+    def refuse(call: Callable[..., Any], path: Any = ".") -> Any:  # root may list any folder
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return call(path)
+
+    for call in (os.scandir, os.listdir):
+        monkeypatch.setattr(os, call.__name__, functools.partial(refuse, call))
+    files = find_files(str(tmp_path / pattern))
+    with pytest.raises(DamagedFileError, match=r"/shut cannot be read: .*Permission denied"):
+        list(read_documents(files))
+    assert [d.text for d in read_documents(files, on_damaged="skip")] == ["open"]
+    assert capfd.readouterr().err.startswith(f"{tmp_path}/shut cannot be read")
 
 
 def test_a_wrong_field_is_no_damage(tmp_path: Path) -> None:
