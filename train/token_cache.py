@@ -1,5 +1,6 @@
 """Documents to one stream of tokens, in memory or memory-mapped from a cache."""
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -8,6 +9,7 @@ import os
 import pathlib
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -17,8 +19,10 @@ from jaxlib_methods.train import corpus
 from jaxlib_methods.train.corpus import Document, OnDamaged, Split
 from jaxlib_methods.train.tokenizer import Tokenizer
 
-LAYOUT = 1  # of a cache folder; a change of what is written there raises it
+LAYOUT = 1  # of a cache folder; a change that leaves older ones of no use raises it
 BATCH_DOCUMENTS = 64
+# What of the tokens is compared whenever a cache is opened: at most 16 MiB, whatever their size.
+CHECKED_BLOCKS, BLOCK_BYTES = 256, 1 << 16
 
 
 class TokenStream(NamedTuple):
@@ -73,8 +77,18 @@ def open_stream(
            tokenizer.separator, [_identity(file) for file in files])  # fmt: skip
     key = key if on_damaged == "stop" else (*key, on_damaged)
     folder = _cache_root(cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
-    if not folder.exists():
-        _write_folder(folder, documents(), tokenizer, label)
+    if folder.exists():
+        try:
+            return _read_folder(folder, tokenizer)
+        except (OSError, ValueError) as error:
+            print(
+                f"the token cache {folder} is damaged or of an earlier version and is written "
+                f"again: {error}",
+                file=sys.stderr,
+                flush=True,
+            )
+            _remove_folder(folder)
+    _write_folder(folder, documents(), tokenizer, label)
     return _read_folder(folder, tokenizer)
 
 
@@ -126,28 +140,86 @@ def _cache_root(cache: str) -> pathlib.Path:
     return root
 
 
+def _beside(folder: pathlib.Path) -> pathlib.Path:
+    """A new name, under which nobody reads."""
+    return folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _remove_folder(folder: pathlib.Path) -> None:
+    """Removes a folder at once for all that look for it."""
+    aside = _beside(folder)
+    with contextlib.suppress(FileNotFoundError):  # another process was first
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
 def _write_folder(
     folder: pathlib.Path, documents: Iterator[Document], tokenizer: Tokenizer, label: str
 ) -> None:
     """Writes beside `folder` and renames, so that a folder is whole or absent."""
-    temporary = folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+    temporary = _beside(folder)
     temporary.mkdir()
     try:
         with (temporary / "tokens.bin").open("wb") as file:
             starts, num_bytes, fingerprint = write_stream(documents, tokenizer, file, label=label)
         np.save(temporary / "starts.npy", starts)
         info = {"num_bytes": num_bytes, "fingerprint": fingerprint, "source": label}
+        info |= {"contents": _contents(temporary, token_dtype(tokenizer))}
         (temporary / "info.json").write_text(json.dumps(info))
+        for path in temporary.iterdir():
+            _sync(path)
+        _sync_folder(temporary)
         temporary.rename(folder)
+        _sync_folder(folder.parent)
     except BaseException as error:
-        shutil.rmtree(temporary)
+        shutil.rmtree(temporary, ignore_errors=True)
         # A rename that fails because another process was first leaves its folder, the same.
         if not (isinstance(error, OSError) and folder.exists()):
             raise
 
 
+def _sync(path: pathlib.Path) -> None:
+    """Waits until a file, or the names in a folder, would survive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems have it for files alone
+        _sync(folder)
+
+
+def _contents(folder: pathlib.Path, dtype: np.dtype) -> dict[str, int | str]:
+    """What is compared of a folder's files: all of starts, and blocks spread over the tokens."""
+    size = (folder / "tokens.bin").stat().st_size
+    last = max(size - BLOCK_BYTES, 0)
+    blocks = hashlib.sha256()
+    with (folder / "tokens.bin").open("rb") as file:
+        for begin in sorted({last * i // (CHECKED_BLOCKS - 1) for i in range(CHECKED_BLOCKS)}):
+            file.seek(begin)
+            blocks.update(file.read(BLOCK_BYTES))
+    with (folder / "starts.npy").open("rb") as file:
+        starts = hashlib.file_digest(file, "sha256")
+    return {
+        "num_tokens": size // dtype.itemsize,
+        "tokens_bytes": size,
+        "tokens_blocks": blocks.hexdigest(),
+        "starts_bytes": (folder / "starts.npy").stat().st_size,
+        "starts": starts.hexdigest(),
+    }
+
+
 def _read_folder(folder: pathlib.Path, tokenizer: Tokenizer) -> TokenStream:
+    """Raises OSError or ValueError where a folder is not as it was written."""
     info = json.loads((folder / "info.json").read_text())
+    if not isinstance(info, dict) or not isinstance(written := info.get("contents"), dict):
+        raise ValueError("info.json does not say what is in its files")
+    found = _contents(folder, token_dtype(tokenizer))
+    if differing := [name for name in found if found[name] != written.get(name)]:
+        raise ValueError(f"its files have other {', '.join(differing)} than when it was written")
     tokens = np.memmap(folder / "tokens.bin", token_dtype(tokenizer), mode="r")
     starts = np.load(folder / "starts.npy", mmap_mode="r")
     return TokenStream(tokens, starts, info["num_bytes"], info["fingerprint"])

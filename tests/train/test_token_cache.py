@@ -1,7 +1,10 @@
+import itertools
+import json
 import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +85,85 @@ def test_cache_is_made_anew_when_anything_differs(corpus: Path, tmp_path: Path) 
     other.fingerprint = "other"
     changed = open_stream(str(corpus), other, split=None, cache=cache).fingerprint
     assert changed not in (first, fingerprint())
+
+
+def halve(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def strip_contents(path: Path) -> None:  # as earlier versions wrote it
+    info = json.loads(path.read_text())
+    path.write_text(json.dumps({name: info[name] for name in ("num_bytes", "fingerprint")}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *itertools.product(
+            ("tokens.bin", "starts.npy", "info.json"), (halve, zero, empty, Path.unlink)
+        ),
+        ("info.json", strip_contents),
+    ],
+)
+def test_a_damaged_cache_is_written_again(
+    corpus: Path,
+    tmp_path: Path,
+    name: str,
+    damage: Callable[[Path], None],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    tokenizer, cache = CountingTokenizer(), str(tmp_path / "cache")
+    open_stream(str(corpus), tokenizer, split=None, cache=cache)
+    (folder,) = (tmp_path / "cache").iterdir()
+    damage(folder / name)
+    for _ in range(2):
+        assert_stream(open_stream(str(corpus), tokenizer, split=None, cache=cache))
+        assert tokenizer.documents == 6
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"the token cache {folder} is damaged or of an earlier version and is ")
+    assert list((tmp_path / "cache").iterdir()) == [folder]
+
+
+def test_blocks_of_a_large_cache_are_compared(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "CHECKED_BLOCKS", 3)
+    monkeypatch.setattr(token_cache, "BLOCK_BYTES", 1)
+    tokenizer, cache = CountingTokenizer(), str(tmp_path / "cache")
+    open_stream(str(corpus), tokenizer, split=None, cache=cache)
+    (folder,) = (tmp_path / "cache").iterdir()
+    raw = (folder / "tokens.bin").read_bytes()
+    for place, is_seen in enumerate([True, False, False, False, False, True, *[False] * 4, True]):
+        (folder / "tokens.bin").write_bytes(raw[:place] + b"?" + raw[place + 1 :])
+        tokenizer.documents = 0
+        open_stream(str(corpus), tokenizer, split=None, cache=cache)
+        assert tokenizer.documents == 3 * is_seen
+
+
+def test_a_cache_is_on_the_disk_before_it_has_its_name(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    synced: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        os,
+        "fsync",
+        lambda file: synced.append((os.fstat(file).st_ino, not list(cache.glob("[!.]*")))),
+    )
+    open_stream(str(corpus), ByteTokenizer(), split=None, cache=str(cache))
+    (folder,) = cache.iterdir()
+    *files, inside, outside = synced
+    assert sorted(files) == sorted((path.stat().st_ino, True) for path in folder.iterdir())
+    assert inside == (folder.stat().st_ino, True)
+    assert outside == (cache.stat().st_ino, False)
 
 
 def test_killed_writer_leaves_nothing_that_is_read(corpus: Path, tmp_path: Path) -> None:
