@@ -4,6 +4,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import posixpath
 import sys
 import sysconfig
@@ -164,6 +165,15 @@ def _is_glob(text: str) -> bool:
     return any(char in text for char in "*?[")
 
 
+def size_and_mtime(file: SourceFile) -> tuple[int, int]:
+    """Bytes, and when they were changed: in ns, in a bucket in s or nothing."""
+    if "://" in str(file.path):
+        found = file.path.stat()
+        return int(found.length), int(found.mtime or 0)
+    local = os.stat(file.path)  # epath gives whole seconds, and fails for an owner without a name
+    return local.st_size, local.st_mtime_ns
+
+
 def read_documents(
     files: list[SourceFile],
     *,
@@ -181,10 +191,8 @@ def read_documents(
     """
     damaged = 0
     for file in files:
-        if len(files) == 1 and file.path.stat().length == 0:
-            raise ValueError(f"{file.path} is empty")
         try:
-            yield from _read_file(file, text_field, skip_binary)
+            yield from _read_file(file, text_field, skip_binary, may_be_empty=len(files) > 1)
         except DamagedFileError as error:
             if on_damaged == "stop":
                 raise
@@ -194,10 +202,14 @@ def read_documents(
         _say(f"{damaged} of {len(files)} files of the corpus are damaged")
 
 
-def _read_file(file: SourceFile, text_field: str, skip_binary: bool) -> Iterator[Document]:
+def _read_file(
+    file: SourceFile, text_field: str, skip_binary: bool, *, may_be_empty: bool
+) -> Iterator[Document]:
     if file.fault:
         raise DamagedFileError(f"{file.path} cannot be read: {file.fault}")
     try:
+        if not may_be_empty and size_and_mtime(file)[0] == 0:
+            raise ValueError(f"{file.path} is empty")
         for document in _READERS[file.format](file, text_field):
             fault = _fault(document.text)
             if fault and not skip_binary:
@@ -349,7 +361,8 @@ def split_documents(
 @functools.lru_cache(maxsize=SMALL_CORPUS_DOCUMENTS)
 def _share(key: str) -> float:
     """A number in [0, 1) that depends on `key` alone."""
-    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    raw = key.encode(errors="surrogateescape")  # a file's name may be other than UTF-8
+    digest = hashlib.blake2b(raw, digest_size=8).digest()
     return int.from_bytes(digest) / 2**64
 
 

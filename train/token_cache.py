@@ -125,11 +125,11 @@ def write_stream(
 
 
 def _identity(file: corpus.SourceFile) -> tuple[str, str, int, int]:
-    stat = file.path.stat()
-    # epath gives whole seconds, and nothing for some buckets.
-    local = pathlib.Path(file.path)
-    mtime = local.stat().st_mtime_ns if local.exists() else int(stat.mtime or 0)
-    return str(file.path), file.format, int(stat.length), mtime
+    try:
+        size, mtime = corpus.size_and_mtime(file)
+    except OSError:  # reading it says what is wrong
+        size, mtime = -1, 0
+    return str(file.path), file.format, size, mtime
 
 
 def _cache_root(cache: str) -> pathlib.Path:

@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import pwd
 import re
 import sys
 from collections.abc import Callable
@@ -181,6 +182,11 @@ def test_a_folder_that_cannot_be_listed_is_damaged(
     assert capfd.readouterr().err.startswith(f"{tmp_path}/shut cannot be read")
 
 
+def test_the_owner_of_a_file_needs_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    assert [d.text for d in read(write_text(tmp_path) / "0.txt")] == TEXTS[:1]
+
+
 def test_a_wrong_field_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n')
     with pytest.raises(ValueError, match=r"set data.text_field") as error:
@@ -254,6 +260,13 @@ def test_neither_side_of_a_small_corpus_is_empty(fraction: float) -> None:
     train, validation = sides(named(9), fraction)
     assert train
     assert validation
+
+
+def test_files_whose_names_are_not_utf8_are_split(tmp_path: Path) -> None:
+    for i in range(2):
+        Path(os.fsdecode(bytes(tmp_path) + b"/caf\xe9%d.txt" % i)).write_text(f"text {i}")
+    train, validation = sides(read(tmp_path), 0.5)
+    assert len(train) == len(validation) == 1
 
 
 def test_equal_rows_stay_on_one_side() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.train import token_cache
-from jaxlib_methods.train.corpus import Split
+from jaxlib_methods.train.corpus import DamagedFileError, Split
 from jaxlib_methods.train.token_cache import TokenStream, open_stream
 from jaxlib_methods.train.tokenizer import ByteTokenizer
 
@@ -208,6 +208,21 @@ def test_failed_writer_cleans_up_and_its_error_is_shown(corpus: Path, tmp_path: 
     with pytest.raises(ValueError, match=r"d.txt is not UTF-8"):
         open_stream(str(corpus), ByteTokenizer(), split=None, cache=str(tmp_path / "cache"))
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("target", ["absent.txt", "link.txt"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_link_to_nowhere_is_a_damaged_file(
+    corpus: Path, tmp_path: Path, target: str, cached: bool
+) -> None:
+    (corpus / "link.txt").symlink_to(target)
+    cache = str(tmp_path / "cache") if cached else None
+    assert_stream(
+        open_stream(str(corpus), ByteTokenizer(), split=None, cache=cache, on_damaged="skip")
+    )
+    for source in (corpus, corpus / "l*.txt"):
+        with pytest.raises(DamagedFileError, match=r"link.txt cannot be read"):
+            open_stream(str(source), ByteTokenizer(), split=None, cache=cache)
 
 
 def test_no_documents_is_an_error(tmp_path: Path) -> None:
