@@ -255,7 +255,7 @@ def _read_jsonl(file: SourceFile, text_field: str) -> Iterator[Document]:
             name = f"{file.path}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # the latter of deep nesting
                 raise DamagedFileError(f"{name} is not JSON: {error}") from error
             text = row.get(text_field) if isinstance(row, dict) else None
             if not isinstance(text, str):
@@ -318,7 +318,7 @@ def _record_text(record: bytes, text_field: str) -> str:
     if text.startswith("{"):
         try:
             row = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return text
         if isinstance(row, dict) and isinstance(row.get(text_field), str):
             return row[text_field]

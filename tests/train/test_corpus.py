@@ -70,6 +70,12 @@ def test_every_format_gives_the_same_documents(
     assert [document.text for document in read(write(tmp_path))] == TEXTS
 
 
+def test_a_record_of_deep_braces_is_text(tmp_path: Path) -> None:
+    deep = '{"text":' * 100_000
+    (document,) = read(write_arrayrecord(tmp_path, [deep.encode()]))
+    assert document.text == deep
+
+
 def test_folders_and_globs_are_searched(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".hidden").mkdir()
@@ -112,6 +118,7 @@ def test_binary_files_are_skipped_only_when_asked(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", b'{"text": "x"}\n\nnope\n', r"a.jsonl:3 is not JSON: Expecting value"),
+        ("a.jsonl", b"[" * 100_000, r"a.jsonl:1 is not JSON: maximum recursion depth"),
         ("a.jsonl", b"PAR1\xff\xfe\n", r"a.jsonl:1 is not JSON"),
         ("a.jsonl", b'{"body": "x"}\n', r"a.jsonl:1 has no text in field 'text' \(fields \['body'"),
         ("a.jsonl", b'{"text": 3}\n', r"a.jsonl:1 has no text in field 'text'.*data.text_field"),
