@@ -7,9 +7,11 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -23,6 +25,7 @@ LAYOUT = 1  # of a cache folder; a change that leaves older ones of no use raise
 BATCH_DOCUMENTS = 64
 # What of the tokens is compared whenever a cache is opened: at most 16 MiB, whatever their size.
 CHECKED_BLOCKS, BLOCK_BYTES = 256, 1 << 16
+ABANDONED_AFTER = 24 * 60 * 60  # seconds without a change in a folder that is being written
 
 
 class TokenStream(NamedTuple):
@@ -76,7 +79,9 @@ def open_stream(
     key = (LAYOUT, split, text_field, validation_fraction, tokenizer.fingerprint,
            tokenizer.separator, [_identity(file) for file in files])  # fmt: skip
     key = key if on_damaged == "stop" else (*key, on_damaged)
-    folder = _cache_root(cache) / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
+    root = _cache_root(cache)
+    _remove_abandoned(root)
+    folder = root / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]
     if folder.exists():
         try:
             return _read_folder(folder, tokenizer)
@@ -143,6 +148,20 @@ def _cache_root(cache: str) -> pathlib.Path:
 def _beside(folder: pathlib.Path) -> pathlib.Path:
     """A new name, under which nobody reads."""
     return folder.with_name(f".{folder.name}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _remove_abandoned(root: pathlib.Path) -> None:
+    """Removes what killed writers had begun.
+
+    By age: the cache may be shared by hosts, of whose processes a number says nothing here.
+    """
+    for folder in root.iterdir():
+        if not re.fullmatch(r"\.[0-9a-f]{32}-\d+-[0-9a-f]{8}", folder.name):
+            continue
+        with contextlib.suppress(OSError):  # another process was first
+            changed = max(path.stat().st_mtime for path in (folder, *folder.iterdir()))
+            if time.time() - changed > ABANDONED_AFTER:
+                shutil.rmtree(folder)
 
 
 def _remove_folder(folder: pathlib.Path) -> None:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -188,6 +189,20 @@ def test_killed_writer_leaves_nothing_that_is_read(corpus: Path, tmp_path: Path)
     assert [path.name[0] for path in cache.iterdir()] == ["."]  # what it had begun
     for _ in range(2):
         assert_stream(open_stream(str(corpus), ByteTokenizer(), split=None, cache=str(cache)))
+
+
+def test_what_a_killed_writer_began_is_removed_after_a_day(corpus: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    names = [f".{'0' * 32}-1-{i:08x}" for i in range(2)]
+    for name in (*names, ".other"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "tokens.bin").touch()
+    long_ago = time.time() - token_cache.ABANDONED_AFTER - 1
+    for path in (*cache.iterdir(), cache / names[0] / "tokens.bin"):
+        os.utime(path, (long_ago, long_ago))
+    for _ in range(2):
+        open_stream(str(corpus), ByteTokenizer(), split=None, cache=str(cache))
+        assert {path.name for path in cache.glob(".*")} == {names[1], ".other"}
 
 
 def test_slower_of_two_writers_takes_the_other_ones_folder(corpus: Path, tmp_path: Path) -> None:
