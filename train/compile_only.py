@@ -80,7 +80,9 @@ def analyse(config: RunConfig, target: Target, *, evaluation: bool = True) -> Re
         compiled, needed = _compile(program.step, program.arguments, platform)
         evaluated = 0
         if evaluation:
-            _, evaluated = _compile(program.evaluate, program.arguments, platform)
+            # What a validation step has no use for, the optimiser's state above all, stays there.
+            kept = jax.jit(program.evaluate, keep_unused=True)
+            _, evaluated = _compile(kept, program.arguments, platform)
     memory = _memory(program.arguments, needed, evaluated, target.chip)
     cost: hlo.Cost | None = None
     roofline: Roofline | None = None

@@ -51,6 +51,14 @@ def test_memory_by_hand(tiny: Callable[..., RunConfig], compile_once: None, tmp_
     assert memory.missing == 0
 
 
+def test_evaluation_holds_what_it_does_not_use(
+    tiny: Callable[..., RunConfig], compile_once: None, tmp_path: Path
+):
+    config = tiny(tmp_path, data=8, batch_size=8)
+    memory = compile_only.analyse(config, compile_only.target_of("cpu:8")).memory
+    assert memory.evaluation > memory.held + memory.batch
+
+
 def test_shapes_are_found_for_the_platform_that_is_compiled_for(
     tiny: Callable[..., RunConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
