@@ -185,7 +185,9 @@ def advice(config: RunConfig, report: Report) -> list[str]:
     memory, mesh = report.memory, report.mesh
     found = []
     if memory.held > (memory.limit or 0) // 2 and mesh["data"] > 1:
-        found.append("--mesh.data=1 --mesh.fsdp=-1 (cuts parameters and optimiser further)")
+        further = mesh | {"data": 1, "fsdp": mesh["data"] * mesh["fsdp"]}
+        if config.model.embed_dim % further["fsdp"] == 0:
+            found.append(f"{mesh_flags(further)} (cuts parameters and optimiser further)")
     if memory.missing:
         rows, parts = config.data.batch_size, config.train.num_microbatches
         cut = mesh["slices"] * mesh["data"] * mesh["fsdp"]
@@ -197,11 +199,24 @@ def advice(config: RunConfig, report: Report) -> list[str]:
         if enough:
             found.append(f"--train.num_microbatches={enough[0]} (fewer rows at once)")
     if memory.peak > (memory.limit or 0):
-        further = {"none": "dots", "dots": "full"}.get(config.model.remat)
-        if further:
-            found.append(f"--model.remat={further} (computes again instead of keeping)")
+        again = {"none": "dots", "dots": "full"}.get(config.model.remat)
+        if again:
+            found.append(f"--model.remat={again} (computes again instead of keeping)")
     of_method = getattr(config.method_config, "less_memory", ())
     found += [f"--{config.method}.{flag}" for flag in of_method]
-    if mesh["tensor"] == 1 and config.model.kv_heads % 2 == 0:
-        found.append("--mesh.tensor=2 (cuts heads and vocabulary)")
+    model = config.model
+    even = math.gcd(model.kv_heads, model.mlp_size, model.vocab_size) % 2 == 0
+    # Of `data` first: that cuts the parameters too.
+    halved = next((axis for axis in ("data", "fsdp") if mesh[axis] % 2 == 0), None)
+    if halved and mesh["tensor"] == 1 and even:
+        heads = mesh | {halved: mesh[halved] // 2, "tensor": 2}
+        found.append(f"{mesh_flags(heads)} (cuts heads and vocabulary)")
     return [*found, "more devices"]
+
+
+def mesh_flags(mesh: dict[str, int]) -> str:
+    """A mesh as flags, its slices in `data`; of a `Report`'s axes, `sequence` as the run has it."""
+    return (
+        f"--mesh.data={mesh['slices'] * mesh['data']} --mesh.fsdp={mesh['fsdp']} "
+        f"--mesh.tensor={mesh['tensor']}"
+    )

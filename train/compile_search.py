@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxlib_methods.train.compile_only import Target, analyse, target_of
-from jaxlib_methods.train.compile_report import Report
+from jaxlib_methods.train.compile_report import Report, mesh_flags
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.roofline import GIB
 
@@ -22,11 +22,10 @@ class Tried(NamedTuple):
     @property
     def flags(self) -> str:
         """What it differs in, as flags."""
-        mesh, parts = self.report.mesh, self.config.train.num_microbatches
+        parts = self.config.train.num_microbatches
         return (
             f"--model.remat={self.config.model.remat} --train.num_microbatches={parts} "
-            f"--mesh.data={mesh['slices'] * mesh['data']} --mesh.fsdp={mesh['fsdp']} "
-            f"--mesh.tensor={mesh['tensor']}"
+            f"{mesh_flags(self.report.mesh)}"
         )
 
     @property

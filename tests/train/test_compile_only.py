@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from absl import flags as absl_flags
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlib_methods.models import partitioning
@@ -22,6 +23,7 @@ from jaxlib_methods.train import (
     compile_only,
     compile_report,
     compile_search,
+    flags,
     roofline,
     topology,
 )
@@ -123,7 +125,7 @@ def test_what_does_not_fit_is_refused_with_what_helps(
     with pytest.raises(ValueError, match=r"more than its 0\.00; what helps: .*num_micro") as error:
         compile_only.run(config, "cpu:8", workdir=str(tmp_path / "out"))
     assert "--model.remat=dots" in str(error.value)
-    assert "--mesh.data=1 --mesh.fsdp=-1" in str(error.value)
+    assert "--mesh.data=1 --mesh.fsdp=8 --mesh.tensor=1 (" in str(error.value)
     printed = capsys.readouterr().out
     assert "mesh data 8" in printed
     assert "limited by" in printed
@@ -187,6 +189,47 @@ def test_advice_goes_by_what_is_missing(tiny: Callable[..., RunConfig], tmp_path
     thinking = compile_report.refusal(thoughts, activations)
     assert " --reinforcement_midtraining.collect_parts=4 (draws fewer thoughts" in thinking
     assert " --reinforcement_midtraining.gather_weights=false (" in thinking
+
+
+@pytest.mark.parametrize(
+    ("sizes", "advised"),
+    [  # slices, data, fsdp, tensor, sequence -> data, fsdp, tensor, sequence
+        ((2, 2, 2, 1, 1), [(2, 4, 1, 1), (2, 2, 2, 1)]),
+        ((2, 1, 4, 1, 1), [(2, 2, 2, 1)]),
+        ((1, 1, 8, 1, 1), [(1, 4, 2, 1)]),
+        ((1, 4, 1, 1, 2), [(1, 4, 1, 2), (2, 1, 2, 2)]),
+        ((1, 2, 2, 2, 1), [(1, 4, 2, 1)]),
+        ((8, 1, 1, 1, 1), []),
+    ],
+)
+def test_advised_meshes_are_of_the_same_devices(
+    tiny: Callable[..., RunConfig],
+    tmp_path: Path,
+    sizes: tuple[int, ...],
+    advised: list[tuple[int, ...]],
+):
+    mesh = dict(zip(AXES, sizes, strict=True))
+    given = [f"--mesh.dcn_data={sizes[0]}", f"--mesh.data={sizes[0] * sizes[1]}"]
+    given += [f"--mesh.{axis}={mesh[axis]}" for axis in ("fsdp", "tensor", "sequence")]
+    report = report_of(optimizer=14 * GIB)._replace(mesh=mesh)
+    found = []
+    for advice in compile_report.advice(tiny(tmp_path, batch_size=64), report):
+        if "--mesh" in advice:
+            values = absl_flags.FlagValues()
+            flags.define(values)
+            changes = advice.partition(" (")[0].split()
+            flags.parse(["train", "--method=next_token", *given, *changes], values)
+            wanted = dataclasses.asdict(flags.run_config(values).mesh)
+            found.append(partitioning.make_mesh(**wanted).devices.shape)
+    assert found == advised
+
+
+def test_no_mesh_is_advised_that_does_not_divide_the_model(
+    tiny: Callable[..., RunConfig], tmp_path: Path
+):
+    report = report_of(optimizer=14 * GIB)
+    odd = tiny(tmp_path, embed_dim=12, vocab_size=257, batch_size=64)
+    assert not [advice for advice in compile_report.advice(odd, report) if "--mesh" in advice]
 
 
 @pytest.mark.parametrize(
