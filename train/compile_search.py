@@ -46,6 +46,8 @@ def run(config: RunConfig, name: str, *, most: int) -> None:
     them, a part of fsdp as tensor or data parallelism. The global batch stays. Raises ValueError
     where the topology has no chip whose rates are known, and where nothing fits.
     """
+    if most < 1:
+        raise ValueError(f"--search={most} compiles no variant; give 1 or more")
     target = target_of(name, num_slices=config.mesh.dcn_data)
     if target.chip is None:
         raise ValueError(
@@ -57,6 +59,10 @@ def run(config: RunConfig, name: str, *, most: int) -> None:
         if len(tried) >= most:
             break
         _try(wanted, target, tried, most)
+    if not tried:
+        raise ValueError(
+            f"no variant is possible on {name}, as said above; change the mesh or data.batch_size"
+        )
     best = frontier(tried)
     if not best:
         raise ValueError(

@@ -280,13 +280,14 @@ def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     [
         ("--compile_only", "--topology=v5p is not KIND:SHAPE"),
         ("--seed=1", "--topology and --search are for --compile_only; add it\n"),
+        ("--compile_only --search=-1", "--search=-1 compiles no variant; give 1 or more\n"),
     ],
 )
 def test_the_command_says_in_one_line_what_is_wrong(
     python: Callable[..., Any], given: str, error: str
 ):
-    run = ("-m", "jaxlib_methods.train", "--preset=transformer_tiny", "--topology=v5p", given)
-    found = python(*run)
+    run = ("-m", "jaxlib_methods.train", "--preset=transformer_tiny", "--topology=v5p")
+    found = python(*run, *given.split())
     assert (found.returncode, found.stdout) == (1, "")
     assert found.stderr.startswith(f"error: {error}")
     assert found.stderr.count("\n") == 1
@@ -350,6 +351,9 @@ def test_search_is_bounded_and_needs_the_rates_of_a_chip(
     monkeypatch.setattr(compile_search, "analyse", pretended)
     compile_search.run(config, "v5e:4x2", most=2)
     assert capsys.readouterr().err.count("\n") == 2
+    with pytest.raises(ValueError, match="no variant is possible on v5e:4x2, as said above"):
+        compile_search.run(tiny(tmp_path, tensor=4, batch_size=64), "v5e:4x2", most=2)
+    assert "not possible: heads" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("optimised")
