@@ -1,8 +1,10 @@
 """What the documents say holds: the folder tree, the examples, the named files."""
 
 import ast
+import dataclasses
 import doctest
 import importlib
+import math
 import re
 import shlex
 import subprocess
@@ -11,11 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from absl import flags
 
 from jaxlib_methods.infer import config as infer_config
+from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import flags as train_flags
 from jaxlib_methods.train.config import require_complete
 
@@ -86,33 +90,40 @@ def test_links_lead_somewhere(root: Path, document: str) -> None:
     assert not [target for target in targets if not (root / target).exists()]
 
 
-def commands(root: Path) -> Iterator[tuple[str, list[str]]]:
-    """(train or infer, flags) of every command of this library that the documents run."""
-    for document in DOCUMENTS:
-        for language, block in blocks((root / document).read_text(encoding="utf-8")):
-            if language not in ("bash", "yaml"):
-                continue
-            for line in block.replace("\\\n", " ").splitlines():
-                for found in re.finditer(r"-m jaxlib_methods\.(\w+)([^&|;]*)", line):
-                    words = shlex.split(found[2].rstrip('" '), comments=True)
-                    yield found[1], words
+def commands(block: str) -> Iterator[tuple[str, Any]]:
+    """(train or infer, configuration) of every command of this library in a block."""
+    for line in block.replace("\\\n", " ").splitlines():
+        for found in re.finditer(r"-m jaxlib_methods\.(\w+)([^&|;]*)", line):
+            program, values = found[1], flags.FlagValues()
+            package = {"train": train_flags, "infer": infer_config}[program]
+            package.define(values)
+            words = shlex.split(found[2].rstrip('" '), comments=True)
+            train_flags.parse(["program", *words], values)
+            read = train_flags.run_config if program == "train" else infer_config.from_flags
+            yield program, read(values)
 
 
 def test_documented_commands_have_the_flags_they_need(root: Path) -> None:
     seen = set()
-    for program, arguments in commands(root):
-        seen.add(program)
-        values = flags.FlagValues()
-        package = {"train": train_flags, "infer": infer_config}[program]
-        package.define(values)
-        train_flags.parse(["program", *arguments], values)
-        if program == "train":
-            config = train_flags.run_config(values)
-            require_complete(config)
-        else:
-            config = infer_config.from_flags(values)
-        assert config.workdir
+    for document in DOCUMENTS:
+        for language, block in blocks((root / document).read_text(encoding="utf-8")):
+            for program, config in commands(block) if language in ("bash", "yaml") else ():
+                seen.add(program)
+                assert config.workdir
+                if program == "train":
+                    require_complete(config)
     assert seen == {"train", "infer"}
+
+
+def test_slurm_s_mesh_takes_all_its_devices(root: Path) -> None:
+    text = (root / "README.md").read_text(encoding="utf-8")
+    [script] = [block for _, block in blocks(text) if "#SBATCH" in block]
+    [(_, config)] = commands(script)
+    gpus = math.prod(map(int, re.findall(r"--(?:nodes|gpus-per-node)=(\d+)", script)))
+    devices = [mock.Mock(platform="cpu") for _ in range(gpus)]
+    mesh = partitioning.make_mesh(**dataclasses.asdict(config.mesh), devices=devices)
+    rows = config.data.batch_size // config.train.num_microbatches
+    assert rows % (mesh.shape["data"] * mesh.shape["fsdp"]) == 0
 
 
 @pytest.fixture
