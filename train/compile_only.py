@@ -31,7 +31,7 @@ from jaxlib_methods.train.abstract import Program, program_of
 from jaxlib_methods.train.compile_report import Memory, Report
 from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.hlo import SLICES
-from jaxlib_methods.train.roofline import CHIPS, Chip, Roofline, estimate
+from jaxlib_methods.train.roofline import CHIPS, GIB, Chip, Roofline, estimate
 
 FILE_NAME = "compile_only.json"
 # How libtpu refuses: "Used 20.1G of 15.75G hbm", or "the total memory required for HLO temporaries
@@ -77,12 +77,12 @@ def analyse(config: RunConfig, target: Target, *, evaluation: bool = True) -> Re
     tokens = config.data.batch_size * program.length
     with jax.set_mesh(mesh), dispatch.lowering_for(platform), _captured_log() as log:
         executed = _executed_flops(program)
-        compiled, needed = _compile(program.step, program.arguments, platform)
+        compiled, needed = _compile(program.step, program.arguments, target)
         evaluated = 0
         if evaluation:
             # What a validation step has no use for, the optimiser's state above all, stays there.
             kept = jax.jit(program.evaluate, keep_unused=True)
-            _, evaluated = _compile(kept, program.arguments, platform)
+            _, evaluated = _compile(kept, program.arguments, target)
     memory = _memory(program.arguments, needed, evaluated, target.chip)
     cost: hlo.Cost | None = None
     roofline: Roofline | None = None
@@ -132,19 +132,27 @@ def _unknown_trips(config: RunConfig) -> float:
     return max(recurrent_training.mean_steps(config.model)[0], 1.0)
 
 
-def _compile(function: Any, arguments: Any, platform: str) -> tuple[Any, int]:
-    """The compiled program, None where the compiler refused it, and the bytes that it needs."""
+def _compile(function: Any, arguments: Any, target: Target) -> tuple[Any, int]:
+    """The compiled program, None where the compiler refused it, and the bytes that it needs.
+
+    Raises ValueError where it was refused for a chip of which nothing is known.
+    """
     try:
         compiled = function.lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         needed = refused_bytes(str(error), held_bytes(arguments[:3]))
         if needed is None:
             raise
+        if target.chip is None:
+            raise ValueError(
+                f"a program needs {needed / GIB:.2f} GiB on a device of {target.topology}, which "
+                "has less; give more devices, a smaller batch or more --train.num_microbatches"
+            ) from None
         return None, needed
     stats = compiled.memory_analysis()
     outside = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     # What a TPU's compiler refuses by; on a CPU it is without the temporaries.
-    peak = getattr(stats, "peak_memory_in_bytes", 0) if platform == "tpu" else 0
+    peak = getattr(stats, "peak_memory_in_bytes", 0) if target.devices[0].platform == "tpu" else 0
     return compiled, peak or outside + stats.temp_size_in_bytes
 
 

@@ -71,6 +71,8 @@ def _tpu_devices(topology: str, sizes: list[int], num_slices: int) -> Sequence[A
     options: dict[str, Any] = {"num_slices": num_slices} if num_slices > 1 else {}
     if math.prod(sizes) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.startswith("v4:"):  # two devices a chip otherwise, of which JAX makes no mesh
+        options["chip_config_name"] = "megacore"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options)
     except jax.errors.JaxRuntimeError as error:

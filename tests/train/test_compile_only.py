@@ -392,6 +392,26 @@ def test_a_program_too_large_for_a_pod(tiny: Callable[..., RunConfig], tmp_path:
     assert "--train.num_microbatches=" in compile_report.refusal(config, report)
 
 
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.libtpu
+def test_a_v4_is_compiled_for_without_its_rates(tiny: Callable[..., RunConfig], tmp_path: Path):
+    target = compile_only.target_of("v4:2x2x1")
+    assert (len(target.devices), target.chip) == (4, None)
+    config = tiny(tmp_path, data=1, fsdp=4, batch_size=16)
+    report = compile_only.analyse(config, target)
+    assert report.memory.evaluation > report.memory.held
+    assert (report.cost is not None, report.roofline) == (True, None)
+
+
+def test_a_program_too_large_for_an_unknown_chip_is_refused():
+    def lower(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("Used 33.5G of 30.75G hbm")
+
+    target = compile_only.Target("v4:2x2x1", [], None)
+    with pytest.raises(ValueError, match=r"needs 33\.50 GiB on .* v4:2x2x1, which has less"):
+        compile_only._compile(types.SimpleNamespace(lower=lower), (), target)
+
+
 @pytest.mark.libtpu
 def test_an_unknown_pod_is_refused():
     with pytest.raises(ValueError, match="v5e:3x5 is unknown to libtpu"):
