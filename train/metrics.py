@@ -233,9 +233,24 @@ def _can_append(path: epath.Path) -> bool:
 def _earlier_lines(path: epath.Path, start_step: int) -> list[str]:
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-    return [line for line in whole if json.loads(line)["step"] < start_step]
+    earlier = [record for record in read_records(path) if record["step"] < start_step]
+    return [json.dumps(record) + "\n" for record in earlier]
+
+
+def read_records(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, without what is no line of one.
+
+    A killed run leaves half a line, a machine that goes down zeros or the text of another file.
+    """
+    records = []
+    for line in epath.Path(path).read_bytes().split(b"\n")[:-1]:
+        try:
+            record = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict) and type(record.get("step")) is int:
+            records.append(record)
+    return records
 
 
 def _json_number(value: float) -> float | None:

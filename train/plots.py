@@ -1,11 +1,12 @@
 """Curves of one run or several, drawn from their metrics.jsonl."""
 
-import json
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from etils import epath
+
+from jaxlib_methods.train.metrics import read_records
 
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -27,8 +28,7 @@ _Run = dict[str, _Curve]
 def read_curves(path: epath.PathLike) -> _Run:
     """Every metric of a metrics.jsonl as (steps, values), null values left out."""
     curves: _Run = {}
-    for line in epath.Path(path).read_text().splitlines():
-        record = json.loads(line)
+    for record in read_records(path):
         step = record.pop("step")
         for name, value in record.items():
             if value is None:

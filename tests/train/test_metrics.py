@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from etils import epath
 
-from jaxlib_methods.train import console, metrics
+from jaxlib_methods.train import console, metrics, plots
 
 
 def pair(total, count):
@@ -151,6 +151,26 @@ def test_a_resumed_run_writes_each_step_once(tmp_path, monkeypatch, appends):
     records = [json.loads(line) for line in read_lines(tmp_path)]
     assert [(r["step"], r["train/loss"]) for r in records] == [(10, 10.0), (20, 20.0), (30, 0.0)]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+GARBAGE = {
+    "half": b'{"step": 9, "train/lo',
+    "zeros": bytes(12) + b"\n",
+    "other_bytes": b'{"step": 9, "\xff\xfe": 1}\n',
+    "a_list": b"[9]\n",
+    "no_step": b'{"train/loss": 1.0}\n{"step": "9"}\n{"step": true}\n',
+    "deep": b"[" * 100_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_what_is_no_line_is_dropped(tmp_path, name):
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1, "train/loss": 0.1}\n', b'{"step": 2, "train/loss": null}\n']
+    path.write_bytes(lines[0] + GARBAGE[name] + b"\n" + lines[1] + GARBAGE[name])
+    assert plots.read_curves(path) == {"train/loss": ([1], [0.1])}
+    with metrics.MetricsWriter(tmp_path, num_steps=40, start_step=3):
+        assert path.read_bytes() == lines[0] + lines[1]
 
 
 def test_a_bucket_is_written_at_flush(tmp_path, monkeypatch):
