@@ -46,6 +46,18 @@ def test_a_killed_process_keeps_nobody_out(tmp_path):
         assert str(os.getpid()) in path.read_text()
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path, exists):
+    target = tmp_path / "target"
+    if exists:
+        target.write_text("dear")
+    (tmp_path / lock.FILE_NAME).symlink_to(target)
+    with pytest.raises(ValueError, match=r"\.lock is a link, .* remove it"), lock.hold(tmp_path):
+        pass
+    assert target.exists() == exists
+    assert not exists or target.read_text() == "dear"
+
+
 def test_a_bucket_has_no_locks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where a folder `gs:` would be made
     with lock.hold("gs://bucket/run"), lock.hold("gs://bucket/run"):
