@@ -21,6 +21,7 @@ from jaxlib_methods.train.config import RunConfig
 from jaxlib_methods.train.prepare import (
     Placed,
     Prepared,
+    check_records,
     mesh_of,
     place,
     plan,
@@ -53,8 +54,11 @@ def run(config: RunConfig) -> None:
     for part in prepared.values():
         _place(part)  # where one does not fit the mesh, none has been announced or written yet
     runs = report.Runs()
-    alone = lock.hold(config.workdir) if jax.process_index() == 0 else contextlib.nullcontext()
-    with alone, distributed.stop_signal() as stop:
+    with contextlib.ExitStack() as alone, distributed.stop_signal() as stop:
+        for part in prepared.values():
+            if jax.process_index() == 0:
+                alone.enter_context(lock.hold(part.config.workdir))
+            check_records(part)  # again: another run may have been here while this one waited
         for name, part in prepared.items():
             kind = part.config.preset or part.config.method
             _say(f"training the {name} ({kind}) in {part.config.workdir}")

@@ -150,9 +150,10 @@ def prepare(config: RunConfig, planned: Mapping[str, RunConfig] | None = None) -
     record = Record(
         config, tokenizer.fingerprint, dataset.fingerprint, method.until, "; ".join(versions)
     )
-    _check_records(config, record, stateful=method.init_state is not None)
+    prepared = Prepared(config, record, method, dataset, validation)
+    check_records(prepared)
     _make_folder(config.workdir)
-    return Prepared(config, record, method, dataset, validation)
+    return prepared
 
 
 @functools.lru_cache(maxsize=1)
@@ -257,7 +258,10 @@ def _make_folder(workdir: str) -> None:
         raise ValueError(f"workdir {workdir} cannot be written to; give another --workdir")
 
 
-def _check_records(config: RunConfig, record: Record, *, stateful: bool) -> None:
+def check_records(prepared: Prepared) -> None:
+    """Raises ValueError or OSError where the workdir, or a run given, is not this run's."""
+    config, record = prepared.config, prepared.record
+    stateful = prepared.method.init_state is not None
     saved = run_record.read_record(config.workdir)
     if saved is not None:
         run_record.check_same_run(saved, record, where=config.workdir, stateful=stateful)

@@ -316,6 +316,24 @@ def test_one_workdir_has_one_run(tiny, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [lock.FILE_NAME]
 
 
+def test_the_folder_of_each_part_has_one_run(teacher, tiny, tmp_path):
+    config = tiny(tmp_path, compare=True, **let(teacher))
+    message = f"{tmp_path}/baseline is in use by process"
+    with lock.hold(tmp_path / "baseline"), pytest.raises(ValueError, match=message):
+        loop.run(config)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_run_that_came_first_while_another_waited_is_left_alone(tiny, tmp_path, monkeypatch):
+    def wait():
+        start(tiny(tmp_path, seed=7, num_steps=2))
+
+    monkeypatch.setattr(loop.distributed, "initialize", wait)
+    with pytest.raises(ValueError, match="belongs to a run with seed=7, this run has seed=0"):
+        loop.run(tiny(tmp_path))
+    assert latest(tmp_path) == 2
+
+
 def test_a_value_that_is_not_finite_stops_the_run(tiny, tmp_path, monkeypatch):
     def make(cfg, context):
         method = next_token.make(cfg, context)
