@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from typing import Any, Literal, get_type_hints
 
 from jaxlib_methods import registry
@@ -199,6 +200,7 @@ class RunConfig:
     method_config: Any = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "workdir", os.path.expanduser(self.workdir))
         expected = registry.config_class(self.method)
         if self.method_config is None:
             object.__setattr__(self, "method_config", expected())

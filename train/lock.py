@@ -25,7 +25,7 @@ def hold(workdir: epath.PathLike) -> Iterator[None]:
         return
     import fcntl
 
-    folder = Path(workdir).expanduser()
+    folder = Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     with _open(folder / FILE_NAME) as file:
         try:

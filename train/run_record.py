@@ -54,7 +54,7 @@ def read_record(workdir: epath.PathLike) -> Record | None:
 
     Raises ValueError where the file is not a run's, or belongs to checkpoints and is missing.
     """
-    path = epath.Path(workdir) / CONFIG_FILE
+    path = epath.Path(workdir).expanduser() / CONFIG_FILE
     if not path.exists():
         if has_checkpoint(workdir):
             raise ValueError(

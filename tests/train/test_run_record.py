@@ -32,6 +32,15 @@ def test_record_is_read_back(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    record = RECORD._replace(config=dataclasses.replace(RUN, workdir="~/run"))
+    assert record.config.workdir == str(tmp_path / "run")
+    (tmp_path / "run").mkdir()
+    run_record.write_config(record.config.workdir, record)
+    assert run_record.read_record("~/run") == record
+
+
 BAD_FILES = [
     (lambda v: v | {"format": 2}, r"has format 2, this version reads up to 1; install a newer"),
     (lambda v: v | {"run": {"colour": 1}}, r"config\.json does not describe .* \['colour'\]"),
