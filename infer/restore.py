@@ -204,6 +204,7 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags
             f"data.tokenizer={config.data.tokenizer} has changed since the run in {folder} was "
             "trained; its ids mean something else now"
         )
+    run_record.check_checkpoints(folder)
     with ocp.training.Checkpointer(run_record.checkpoints_folder(folder)) as checkpointer:
         steps = sorted(int(found.step) for found in checkpointer.checkpoints)
         if not steps:

@@ -36,10 +36,14 @@ from jaxlib_methods.train.tokenizer import load_tokenizer
 TOKENIZER_KEY = "jaxlib_methods_tokenizer"  # in an exported config.json: `bytes` has no file
 
 
-def restore_run(workdir: epath.PathLike, abstract: TrainState, config: RunConfig) -> TrainState:
-    """The newest state of another run, to go on from here. Raises ValueError like `load`."""
+def restore_run(workdir: epath.PathLike, abstract: TrainState, record: Record) -> TrainState:
+    """The newest state of another start of a run, to go on from here.
+
+    Raises ValueError like `load`, and where the checkpoint is another run's.
+    """
+    run_record.check_checkpoints(workdir)
     with ocp.training.Checkpointer(run_record.checkpoints_folder(workdir)) as checkpointer:
-        return _load_state(checkpointer, abstract, config)
+        return _load_state(checkpointer, abstract, record)
 
 
 def load(
@@ -93,6 +97,7 @@ class Checkpoints:
         self._record = record
         self._saving: Any = None  # Orbax's answer to the save under way
         _hide_tracebacks()
+        run_record.check_checkpoints(workdir)
         with self._one_error():
             self._checkpointer = ocp.training.Checkpointer(
                 self._folder,
@@ -124,9 +129,9 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> TrainState:
         """The newest state, placed as `abstract` says, whatever mesh it was saved from.
 
-        Raises ValueError like `load`.
+        Raises ValueError like `restore_run`.
         """
-        return _load_state(self._checkpointer, abstract, self._record.config)
+        return _load_state(self._checkpointer, abstract, self._record)
 
     def wait(self) -> None:
         """Waits for the save under way. Raises OSError where it could not be written."""
@@ -197,11 +202,22 @@ def _items(state: TrainState, config: RunConfig) -> tuple[Any, Any]:
 
 
 def _load_state(
-    checkpointer: ocp.training.Checkpointer, abstract: TrainState, config: RunConfig
+    checkpointer: ocp.training.Checkpointer, abstract: TrainState, record: Record
 ) -> TrainState:
-    params, optimizer = _items(abstract, config)
-    loaded = load(checkpointer, None, {"params": params, "optimizer": optimizer})
+    step = max(int(saved.step) for saved in checkpointer.checkpoints)
+    where = f"the checkpoint {checkpointer.directory}/{step}"
+    saved = run_record.read_checkpoint(checkpointer.directory / str(step))
+    if saved is not None:
+        stateful = bool(jax.tree.leaves(abstract.method_state))
+        run_record.check_same_run(saved, record, where=where, stateful=stateful)
+    params, optimizer = _items(abstract, record.config)
+    loaded = load(checkpointer, step, {"params": params, "optimizer": optimizer})
     optimizer = loaded["optimizer"]
+    if int(optimizer["step"]) != step:
+        raise ValueError(
+            f"{where} is one of step {int(optimizer['step'])}; give its folder that name again, or "
+            "move it elsewhere"
+        )
     params = {**loaded["params"], **optimizer["method_params"]}
     return TrainState(
         optimizer["step"], params, optimizer["state"], optimizer.get("method_state", ())
@@ -253,6 +269,7 @@ def _load_run(
     if not weights:
         return Pretrained(record.config.model, None, record.tokenizer, run_record.newest(folder))
     assert mesh is not None
+    run_record.check_checkpoints(folder)
     with ocp.training.Checkpointer(run_record.checkpoints_folder(folder)) as checkpointer:
         abstract = abstract_run_params(record.config, mesh)
         params = load(checkpointer, None, {"params": abstract})["params"]

@@ -11,7 +11,6 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from jaxlib_methods.method import Method
 from jaxlib_methods.models import partitioning
 from jaxlib_methods.train import checkpoint, data, distributed, lock, metrics, report, run_record
 from jaxlib_methods.train import state as train_state
@@ -81,7 +80,7 @@ def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
     stop: set by whoever wants the run to save and raise SystemExit(0). started:
     `time.perf_counter()` at its start.
     """
-    config, method = prepared.config, prepared.method
+    config = prepared.config
     mesh, placed = _place(prepared)
     keep = config.checkpoint.keep
     with (
@@ -89,7 +88,7 @@ def train(prepared: Prepared, *, stop: threading.Event, started: float) -> None:
         Checkpoints(config.workdir, keep=keep, record=prepared.record) as checkpoints,
     ):
         if (checkpoints.latest_step or 0) < config.train.num_steps:
-            state = _first_state(config, method, placed, checkpoints)
+            state = _first_state(prepared, placed, checkpoints)
             if jax.process_index() == 0:
                 run_record.write_config(config.workdir, prepared.record)
             _Loop(prepared, placed, mesh, checkpoints, stop).run(state, started)
@@ -111,12 +110,12 @@ def _summary(prepared: Prepared) -> report.Summary:
 
 
 def _first_state(
-    config: RunConfig,
-    method: Method,
+    prepared: Prepared,
     placed: Placed,
     checkpoints: Checkpoints,
 ) -> TrainState:
     """Own run > given run > given weights > new."""
+    config, method = prepared.config, prepared.method
     optimizer, abstract = placed
     given, weights = config.checkpoint.restore_from, start_of(config)
     key = jax.random.key(config.seed)
@@ -124,7 +123,7 @@ def _first_state(
         _say(f"continuing from step {checkpoints.latest_step}")
         return checkpoints.restore(abstract)
     if given is not None:
-        state = checkpoint.restore_run(given, abstract, config)
+        state = checkpoint.restore_run(given, abstract, prepared.record)
         _say(f"continuing {given} from step {int(state.step)}")
         if int(state.step) >= config.train.num_steps:
             raise ValueError(

@@ -5,6 +5,8 @@ WORKDIR/checkpoints repeats it.
 """
 
 import dataclasses
+import hashlib
+import itertools
 import json
 import os
 from typing import Any, NamedTuple
@@ -16,6 +18,7 @@ from jaxlib_methods.train.config import RunConfig, from_dict, to_dict
 
 CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"
+METADATA_FILE = "_CHECKPOINT_METADATA"  # of Orbax, beside each checkpoint, the record within
 FORMAT = 1  # of the record; a newer one is refused
 
 # What must agree for a run to be continued: everything else may change between starts.
@@ -61,9 +64,42 @@ def read_record(workdir: epath.PathLike) -> Record | None:
                 f"{workdir} holds checkpoints, but the {CONFIG_FILE} of their run is gone"
             )
         return None
-    values = read_json(path)
+    return _from_json(read_json(path), path)
+
+
+def check_checkpoints(workdir: epath.PathLike) -> None:
+    """Raises ValueError naming a checkpoint at which Orbax would fail, or a newer version's."""
+    for step in steps(workdir):
+        read_checkpoint(checkpoints_folder(workdir) / str(step))
+
+
+def read_checkpoint(folder: epath.Path) -> Record | None:
+    """The record in WORKDIR/checkpoints/STEP, or None: Orbax reads a checkpoint without it.
+
+    Raises ValueError where it is not a run's, or what Orbax fails at.
+    """
+    path = folder / METADATA_FILE
+    try:
+        values = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        return None
+    except RecursionError:
+        values = None
+    found = values.get("custom_metadata") or {} if isinstance(values, dict) else None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"the checkpoint {folder} cannot be read: its {METADATA_FILE} is damaged; move "
+            "that folder elsewhere to go on from the checkpoint before it"
+        )
+    return _from_json(found, path) if found else None
+
+
+def _from_json(values: dict[str, Any], path: epath.Path) -> Record:
+    """The record of which `to_json` made `values`. Raises ValueError where they are none."""
     if not {"format", "run", "tokenizer", "corpus"} <= values.keys():
         raise ValueError(f"{path} does not describe a run of this library")
+    if type(values["format"]) is not int:
+        raise ValueError(f"{path} has a format that is not a whole number; put back what it was")
     if values["format"] > FORMAT:
         raise ValueError(
             f"{path} has format {values['format']}, this version reads up to {FORMAT}; "
@@ -85,7 +121,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError where there is none."""
     try:
         values = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} is not a JSON object")
@@ -100,15 +136,23 @@ def checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
 
 def has_checkpoint(workdir: epath.PathLike) -> bool:
     """Whether a run has a whole checkpoint; one that is being written has another name."""
-    return bool(newest(epath.Path(workdir)))
+    return bool(steps(workdir))
 
 
-def newest(workdir: epath.Path) -> str:
-    """The newest whole checkpoint by its name, or nothing."""
+def steps(workdir: epath.PathLike) -> list[int]:
+    """The steps of a run's whole checkpoints, ascending."""
     folder = checkpoints_folder(workdir)
     names = [step.name for step in folder.iterdir()] if folder.exists() else []
-    steps = [int(name) for name in names if name.isdigit()]
-    return f"step {max(steps)}" if steps else ""
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
+
+
+def newest(workdir: epath.PathLike) -> str:
+    """The newest whole checkpoint by its step; another run's of that step has another hash."""
+    step = steps(workdir)[-1]
+    path = checkpoints_folder(workdir) / str(step) / METADATA_FILE
+    if not path.exists():
+        return f"step {step}"
+    return f"step {step}, {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
 
 
 def to_json(record: Record) -> dict[str, Any]:
@@ -155,7 +199,7 @@ def check_same_run(
             f"{current.until}, which follows from train.num_steps; give the same length, or that "
             "step itself"
         )
-    if saved.pretrained != current.pretrained:
+    if not _same_versions(saved.pretrained, current.pretrained):
         raise ValueError(
             f"the finished model that {where} learns from has changed since then, from "
             f"{saved.pretrained!r} to {current.pretrained!r}; give the same model, or another "
@@ -167,6 +211,12 @@ def check_same_run(
             f"the {what} has changed since {where} was written: its position in the data would "
             "mean other text; give another --workdir (--checkpoint.init_from keeps the weights)"
         )
+
+
+def _same_versions(saved: str, current: str) -> bool:
+    """Whether two `pretrained` are of the same models; older records name a step without a hash."""
+    pairs = itertools.zip_longest(saved.split("; "), current.split("; "), fillvalue="")
+    return all(before in (now, now.split(", ")[0]) for before, now in pairs)
 
 
 def check_same_architecture(

@@ -248,6 +248,80 @@ def test_a_damaged_checkpoint_is_named_or_read_as_it_was(tmp_path):
         assert_same(checkpoints.restore(abstract), numbered(abstract, step=3))
 
 
+def change_record(workdir, step, change):
+    """Writes another record into a checkpoint; without one, leaves it as an older version's."""
+    path = workdir / "checkpoints" / str(step) / run_record.METADATA_FILE
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"custom_metadata": change(values["custom_metadata"])}))
+
+
+OTHER_RECORDS = [
+    (lambda v: v | {"format": 99}, r"/4/_CHECKPOINT_METADATA has format 99, .* install a newer"),
+    (lambda v: v | {"format": None}, r"/4/_CHECKPOINT_METADATA has a format that is not a whole"),
+    (lambda v: v | {"run": v["run"] | {"seed": 7}}, r"/4 belongs to a run with seed=7, this run"),
+    (lambda v: v | {"corpus": "other"}, r"the corpus has changed since the checkpoint \S+/4 was"),
+    (lambda v: [1], r"the checkpoint \S+/4 cannot be read: its _CHECKPOINT_METADATA is damaged"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHER_RECORDS)
+def test_a_checkpoint_of_another_run_is_refused_and_left(tmp_path, change, message):
+    abstract = save(tmp_path, 3, 4)
+    change_record(tmp_path, 4, change)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def restore():
+        with Checkpoints(tmp_path, keep=1, record=RECORD) as checkpoints:
+            checkpoints.restore(abstract)
+
+    for load in (restore, lambda: checkpoint.restore_run(tmp_path, abstract, RECORD)):
+        with pytest.raises(ValueError, match=message) as said:
+            load()
+        assert "\n" not in str(said.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_without_a_record_is_restored(tmp_path):
+    abstract = save(tmp_path, 4)
+    change_record(tmp_path, 4, lambda v: {})
+    with Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints:
+        assert_same(checkpoints.restore(abstract), numbered(abstract, step=4))
+
+
+def test_metadata_nested_too_deeply_are_named(tmp_path):
+    save(tmp_path, 3, 4)
+    (tmp_path / "checkpoints" / "3" / run_record.METADATA_FILE).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"the checkpoint \S+/3 cannot be read: .*; move that"):
+        Checkpoints(tmp_path, keep=3, record=RECORD)
+    with pytest.raises(ValueError, match=r"the checkpoint \S+/3 cannot be read: .*; move that"):
+        checkpoint.load_pretrained(str(tmp_path), mesh=mesh_of(8, 1, 1, 1))
+
+
+def test_a_checkpoint_under_another_step_is_refused(tmp_path):
+    abstract = save(tmp_path, 4)
+    (tmp_path / "checkpoints" / "4").rename(tmp_path / "checkpoints" / "6")
+    with (
+        Checkpoints(tmp_path, keep=3, record=RECORD) as checkpoints,
+        pytest.raises(ValueError, match=r"the checkpoint \S+/6 is one of step 4; give its folder"),
+    ):
+        checkpoints.restore(abstract)
+
+
+def test_another_run_s_checkpoint_of_the_same_step_is_another_version(tmp_path):
+    def version(name):
+        return checkpoint.load_pretrained(str(tmp_path / name), weights=False).version
+
+    for name, seed in (("one", 1), ("other", 2)):
+        config = dataclasses.replace(RUN, seed=seed)
+        (tmp_path / name).mkdir()
+        save(tmp_path / name, 4, record=RECORD._replace(config=config))
+    shutil.copytree(tmp_path / "one", tmp_path / "copy")
+    assert version("one").startswith("step 4, ")
+    assert version("one") == version("copy") != version("other")
+    (tmp_path / "copy" / "checkpoints" / "4" / run_record.METADATA_FILE).unlink()
+    assert version("copy") == "step 4"
+
+
 def test_reads_that_orbax_left_are_freed_with_the_error():
     reads = weakref.WeakSet()
 

@@ -43,6 +43,8 @@ def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
 
 BAD_FILES = [
     (lambda v: v | {"format": 2}, r"has format 2, this version reads up to 1; install a newer"),
+    (lambda v: v | {"format": "2"}, r"has a format that is not a whole number"),
+    (lambda v: v | {"format": True}, r"has a format that is not a whole number"),
     (lambda v: v | {"run": {"colour": 1}}, r"config\.json does not describe .* \['colour'\]"),
     (lambda v: v | {"run": 3}, r"config\.json does not describe a run of this version"),
     (lambda v: {"format": 1}, r"config\.json does not describe a run of this library"),
@@ -57,9 +59,10 @@ def test_a_record_that_is_not_ours_is_refused(tmp_path, change, message):
     path.write_text(json.dumps(change(json.loads(path.read_text()))))
     with pytest.raises(ValueError, match=message):
         run_record.read_record(tmp_path)
-    path.write_text("{")
-    with pytest.raises(ValueError, match="is not JSON"):
-        run_record.read_record(tmp_path)
+    for text in ("{", "[" * 100_000):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="is not JSON"):
+            run_record.read_record(tmp_path)
 
 
 def test_checkpoints_without_their_record_are_refused(tmp_path):
@@ -116,6 +119,21 @@ def test_another_teacher_is_refused():
     record = RECORD._replace(pretrained="step 4")
     with pytest.raises(ValueError, match=r"from 'step 4' to 'step 8'; give the same model"):
         run_record.check_same_run(record, RECORD._replace(pretrained="step 8"), where="w")
+
+
+def test_an_older_record_names_a_teacher_by_its_step_alone():
+    record = RECORD._replace(pretrained="step 4; 1a2b; step 8")
+    same = RECORD._replace(pretrained="step 4, aa; 1a2b; step 8, bb")
+    run_record.check_same_run(record, same, where="w")
+    for other in (
+        "step 4, aa; 1a2b; step 9, bb",
+        "step 4, aa; 1a2b",
+        "step 4, bb; 1a2b; step 8, bb",
+    ):
+        with pytest.raises(ValueError, match="has changed since then"):
+            run_record.check_same_run(same, RECORD._replace(pretrained=other), where="w")
+    with pytest.raises(ValueError, match="has changed since then"):
+        run_record.check_same_run(same, record, where="w")
 
 
 def test_a_longer_run_does_not_move_the_step_at_which_its_method_changes():
