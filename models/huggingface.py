@@ -133,7 +133,7 @@ def _read_sharded(
 def weight_files(folder: Path) -> list[str]:
     """Names of the files with a folder's weights, found without reading them.
 
-    Raises FileNotFoundError where one is missing.
+    Raises FileNotFoundError where one is missing, ValueError where the index is none.
     """
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
@@ -141,17 +141,32 @@ def weight_files(folder: Path) -> list[str]:
         raise FileNotFoundError(
             f"{folder} has neither {SINGLE_FILE} nor {INDEX_FILE}; give a folder of safetensors"
         )
-    index = json.loads((folder / INDEX_FILE).read_text())
-    files = sorted(set(index["weight_map"].values()))
+    files = sorted(set(_read_index(folder / INDEX_FILE).values()))
     for file in files:
-        # The index comes from elsewhere: a name with a path in it must not lead out of the folder.
-        if Path(file).name != file or "\\" in file or not file.endswith(".safetensors"):
-            raise ValueError(
-                f"{INDEX_FILE} names {file!r}; it may name only .safetensors beside it"
-            )
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} lacks {file}, which {INDEX_FILE} names")
     return files
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> the file beside the index that holds it. Raises ValueError for others."""
+    try:
+        index = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:  # nested too deep
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(
+            f"{path} has no weight_map from tensor names to files; export or download it again"
+        )
+    for name, file in weight_map.items():
+        # The index comes from elsewhere: a name with a path in it must not lead out of the folder.
+        plain = isinstance(file, str) and file.isprintable() and "\\" not in file
+        if not plain or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ValueError(
+                f"{path} names {file!r} for {name!r}; it may name only .safetensors beside it"
+            )
+    return weight_map
 
 
 def weights_version(folder: Path) -> str:

@@ -1,7 +1,8 @@
 """Hugging Face `config.json` <-> `TransformerConfig`: one table of families, read both ways."""
 
 import dataclasses
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxlib_methods.models import huggingface_recurrent
@@ -16,6 +17,8 @@ _PLAIN = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
+_MOST = 2**31 - 1  # arrays are indexed with int32
+_KINDS = {float: "a finite number", dict: "a JSON object"}
 # Our rope_scaling -> our field -> key of the rope dictionary.
 _ROPE: dict[str, dict[str, str]] = {
     "none": {},
@@ -223,6 +226,35 @@ def _refuse(key: str, value: Any, possible: str) -> ValueError:
     return ValueError(f"config.json has {key}={value!r}, which this trunk cannot run: {possible}")
 
 
+def _read(
+    values: Mapping[str, Any], key: str, kind: type, default: Any = None, *, least: int = 1
+) -> Any:
+    """An int, float or dict of config.json; the default where the key is absent or null.
+
+    Raises ValueError for another kind, an int outside `least` to 2**31 - 1 or what is not finite.
+    """
+    value = values.get(key)
+    if value is None:
+        return default
+    if kind is int:
+        fits = type(value) is int and least <= value <= _MOST  # True is an int to isinstance
+    elif kind is float:
+        fits = type(value) in (int, float) and abs(value) <= sys.float_info.max
+    else:
+        fits = isinstance(value, kind)
+    if not fits:
+        possible = _KINDS.get(kind, f"an integer from {least} to {_MOST}")
+        raise _refuse(key, value, f"it must be {possible}")
+    return kind(value)
+
+
+def _choose(key: str, value: Any, possible: Sequence[Any]) -> Any:
+    """A value of config.json that must be one of those possible; it need not be hashable."""
+    if value not in possible:
+        raise _refuse(key, value, f"choose from {possible}")
+    return value
+
+
 def config_from_huggingface(config_json: Mapping[str, Any], **overrides: Any) -> TransformerConfig:
     """The `TransformerConfig` of a parsed config.json; `overrides` are fields of ours that win.
 
@@ -230,31 +262,50 @@ def config_from_huggingface(config_json: Mapping[str, Any], **overrides: Any) ->
     The file's dtype is not architecture and is not read: `param_dtype` says what weights become.
     Raises ValueError, with key and value, for anything that the trunk does not compute.
     """
-    model_type = config_json.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"model_type {model_type!r} is not known; choose from {sorted(FAMILIES)}")
+    model_type, known = config_json.get("model_type"), sorted(FAMILIES)
+    if model_type not in known:  # in a list: it need not be hashable
+        raise ValueError(
+            f"config.json: model_type {model_type!r} is not known; choose from {known}"
+        )
     family = FAMILIES[model_type]
     _refuse_what_we_lack(config_json, family)
     missing = [key for key in family.sizes.values() if config_json.get(key) is None]
     if missing:
         raise ValueError(f"config.json of model_type {model_type!r} lacks {', '.join(missing)}")
-    values: dict[str, Any] = {ours: config_json[key] for ours, key in family.sizes.items()}
+    values = _sizes(config_json, family)
     values |= family.fixed
     for key, (default, fields) in family.switches.items():
-        values |= dict.fromkeys(fields, bool(config_json.get(key, default)))
+        switch = config_json.get(key, default)
+        if switch not in (True, False, None):
+            raise _refuse(key, switch, "it must be true or false")
+        values |= dict.fromkeys(fields, bool(switch))
     values["mlp"] = _activation(config_json, family)
     if family.norm_eps_key:
-        values["norm_eps"] = config_json.get(family.norm_eps_key, family.default_norm_eps)
-    values |= _heads(config_json, family)
+        eps = _read(config_json, family.norm_eps_key, float, family.default_norm_eps)
+        values["norm_eps"] = eps
+    if family.has_head_keys:
+        values |= _heads(config_json, family, values["num_heads"], values["embed_dim"])
     if values["positions"] == "rotary":
         values |= _rope_from(config_json, family)
     if family.recurrent:
         values["kernel_init"] = "takase"
-        wrong = huggingface_recurrent.disagreement(config_json, TransformerConfig(**values))
-        if wrong is not None:
-            key, value, wanted = wrong
-            raise _refuse(key, value, f"it must be {wanted}")
-    return TransformerConfig(**(values | overrides))
+    try:
+        cfg = TransformerConfig(**values)
+    except ValueError as error:
+        raise ValueError(f"config.json describes no model of this trunk: {error}") from error
+    wrong = huggingface_recurrent.disagreement(config_json, cfg) if family.recurrent else None
+    if wrong is not None:
+        key, value, wanted = wrong
+        raise _refuse(key, value, f"it must be {wanted}")
+    return dataclasses.replace(cfg, **overrides)
+
+
+def _sizes(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    may_be_zero = ("prelude_layers", "coda_layers")
+    return {
+        ours: _read(config_json, key, int, least=0 if ours in may_be_zero else 1)
+        for ours, key in family.sizes.items()
+    }
 
 
 def _refuse_what_we_lack(config_json: Mapping[str, Any], family: Family) -> None:
@@ -269,8 +320,8 @@ def _refuse_what_we_lack(config_json: Mapping[str, Any], family: Family) -> None
     if config_json.get("quantization_config"):
         method = config_json["quantization_config"]
         raise _refuse("quantization_config", method, "use the unquantised checkpoint")
-    layer_types = config_json.get("layer_types")
-    if layer_types and set(layer_types) != {"full_attention"}:
+    layer_types = config_json.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
         raise _refuse("layer_types", layer_types, "every layer must be 'full_attention'")
     window = config_json.get("sliding_window")
     if not layer_types and config_json.get("use_sliding_window") and window:
@@ -279,19 +330,16 @@ def _refuse_what_we_lack(config_json: Mapping[str, Any], family: Family) -> None
 
 def _activation(config_json: Mapping[str, Any], family: Family) -> str:
     name = config_json.get(family.activation_key, family.default_activation)
-    if name not in family.activations:
-        raise _refuse(family.activation_key, name, f"choose from {sorted(family.activations)}")
-    return family.activations[name]
+    return family.activations[_choose(family.activation_key, name, sorted(family.activations))]
 
 
-def _heads(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    if not family.has_head_keys:
-        return {}
-    heads = config_json["num_attention_heads"]
-    kv_heads = config_json.get("num_key_value_heads") or heads
-    derived = config_json["hidden_size"] // heads
-    head_dim = config_json.get("head_dim") or family.default_head_dim or derived
-    is_derived = head_dim == derived and config_json["hidden_size"] % heads == 0
+def _heads(
+    config_json: Mapping[str, Any], family: Family, heads: int, width: int
+) -> dict[str, Any]:
+    kv_heads = _read(config_json, "num_key_value_heads", int) or heads
+    derived = width // heads
+    head_dim = _read(config_json, "head_dim", int) or family.default_head_dim or derived
+    is_derived = head_dim == derived and width % heads == 0
     return {
         "num_kv_heads": None if kv_heads == heads else kv_heads,
         "head_dim": None if is_derived else head_dim,
@@ -299,29 +347,32 @@ def _heads(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]:
 
 
 def _rope_from(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    rope = config_json.get("rope_scaling") or config_json.get("rope_parameters") or {}
+    rope = _read(config_json, "rope_scaling", dict) or _read(config_json, "rope_parameters", dict)
+    rope = rope or {}
     if any(isinstance(value, Mapping) for value in rope.values()):
-        raise _refuse("rope_parameters", dict(rope), "all layers must share one rotary embedding")
+        raise _refuse("rope_parameters", rope, "all layers must share one rotary embedding")
     written = rope.get("rope_type", rope.get("type", "default"))
-    kind = "none" if written == "default" else written
-    if kind not in _ROPE:
-        raise _refuse("rope_type", kind, "choose from ['default', 'linear', 'llama3']")
+    kind = _choose("rope_type", written, ["default", "linear", "llama3"])
+    kind = "none" if kind == "default" else kind
     if kind != family.fixed.get("rope_scaling", kind):
         raise _refuse("rope_type", kind, f"{family.model_type} must have 'default'")
-    default = family.default_rope_theta
-    theta = config_json.get(family.rope_theta_key, config_json.get("rope_theta", default))
-    fraction = config_json.get(family.rope_fraction_key, family.default_rope_fraction)
-    fraction = rope.get("partial_rotary_factor", fraction)
+    theta = _read(config_json, "rope_theta", float, family.default_rope_theta)
+    theta = _read(config_json, family.rope_theta_key, float, theta)
+    fraction = family.default_rope_fraction
+    fraction = _read(config_json, family.rope_fraction_key, float, fraction)
+    fraction = _read(rope, "partial_rotary_factor", float, fraction)
     if fraction != family.fixed.get("rotary_fraction", fraction):
         raise _refuse("partial_rotary_factor", fraction, f"{family.model_type} must rotate all")
-    values: dict[str, Any] = {
-        "rope_theta": float(rope.get("rope_theta", theta)),
+    if absent := [key for key in _ROPE[kind].values() if rope.get(key) is None]:
+        raise _refuse("rope_type", kind, f"its {' and '.join(absent)} must be given")
+    return {
+        "rope_theta": _read(rope, "rope_theta", float, theta),
         "rotary_fraction": fraction,
         "rope_scaling": kind,
+    } | {
+        ours: _read(rope, key, int if ours == "rope_original_length" else float)
+        for ours, key in _ROPE[kind].items()
     }
-    if absent := [key for key in _ROPE[kind].values() if key not in rope]:
-        raise _refuse("rope_type", kind, f"its {' and '.join(absent)} must be given")
-    return values | {ours: rope[key] for ours, key in _ROPE[kind].items()}
 
 
 def _why_not(cfg: TransformerConfig, family: Family) -> str | None:

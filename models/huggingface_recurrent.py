@@ -44,9 +44,12 @@ def disagreement(
         if given is not None and given != wanted:
             return key, given, wanted
     scales = config_json.get("init_values") or {}
+    if not isinstance(scales, Mapping):
+        return "init_values", scales, "a JSON object"
     for key, wanted in _scales(cfg).items():
         given = scales.get(key, wanted)
-        if not math.isclose(given, wanted, rel_tol=1e-5):
+        low, high = wanted * (1 - 1e-5), wanted * (1 + 1e-5)
+        if not isinstance(given, int | float) or not low <= given <= high:
             return f"init_values.{key}", given, f"{wanted:.6g}, as n_embd gives it"
     return None
 

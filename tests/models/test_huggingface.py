@@ -301,6 +301,27 @@ def test_index_may_not_lead_out_of_the_folder(file: str, tmp_path: Path) -> None
         load_params(folder, TINY)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not JSON: Expecting value"),
+        (b"\xff\xfe", "is not JSON: 'utf-8' codec"),
+        (b"[" * 200_000, "is not JSON: maximum recursion"),
+        (b"[]", "has no weight_map from tensor names to files"),
+        (b"{}", "has no weight_map"),
+        (b'{"weight_map": null}', "has no weight_map"),
+        (b'{"weight_map": ["a.safetensors"]}', "has no weight_map"),
+        (b'{"weight_map": {"a": 1}}', "names 1 for 'a'; it may name only"),
+        (b'{"weight_map": {"a": ["x.safetensors"]}}', r"names \['x.safetensors'\] for 'a'"),
+        (b'{"weight_map": {"a": "x\\u0000.safetensors"}}', r"names 'x.x00.safetensors' for 'a'"),
+    ],
+)
+def test_an_index_that_is_none_is_named(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"model\.safetensors\.index\.json {message}"):
+        huggingface.weight_files(tmp_path)
+
+
 def test_index_that_names_an_absent_file(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "b.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,6 +1,7 @@
 """config.json in and out."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -261,6 +262,45 @@ def test_what_the_trunk_lacks_is_refused(
     config_from_huggingface(original)
     with pytest.raises(ValueError, match=message):
         config_from_huggingface(original | change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "576"}, "hidden_size='576'.* an integer from 1 to 2147483647"),
+        ({"hidden_size": 576.0}, "hidden_size=576.0"),
+        ({"hidden_size": [576]}, r"hidden_size=\[576\]"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000.* 1 to 2147483647"),
+        ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_hidden_layers": 1.5}, "num_hidden_layers=1.5"),
+        ({"head_dim": "64"}, "head_dim='64'"),
+        ({"num_key_value_heads": "3"}, "num_key_value_heads='3'"),
+        ({"num_key_value_heads": 2}, "config.json describes no model.* num_kv_heads 2"),
+        ({"model_type": []}, r"config.json: model_type \[\] is not known"),
+        ({"hidden_act": ["silu"]}, r"hidden_act=\['silu'\].* choose from"),
+        ({"layer_types": 5}, "layer_types=5.* 'full_attention'"),
+        ({"layer_types": [[1]]}, r"layer_types=\[\[1\]\]"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'.* true or false"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps='1e-5'.* a finite number"),
+        ({"rope_theta": [1]}, r"rope_theta=\[1\]"),
+        ({"rope_theta": math.inf}, "rope_theta=inf"),
+        ({"rope_theta": 10**400}, "rope_theta=1000.* a finite number"),
+        ({"rope_scaling": [1]}, r"rope_scaling=\[1\].* a JSON object"),
+        ({"rope_scaling": "x"}, "rope_scaling='x'"),
+        ({"rope_scaling": {"rope_type": ["x"]}}, r"rope_type=\['x'\].* choose from"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor='2'.* a finite number"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        config_from_huggingface(LLAMA | change)
+    assert "config.json" in str(error.value)
+
+
+def test_null_is_as_if_the_key_were_absent() -> None:
+    null = dict.fromkeys(["head_dim", "rope_theta", "rope_scaling", "rope_parameters"])
+    assert config_from_huggingface(LLAMA | null) == config_from_huggingface(LLAMA)
 
 
 def test_a_window_that_is_not_used_is_no_window() -> None:

@@ -364,6 +364,9 @@ def test_keys_that_are_absent_mean_what_the_published_code_takes() -> None:
     [
         ({"init_values": {"embed_scale": 1.0}}, r"init_values\.embed_scale=1\.0.* be 72\.66.*n_em"),
         ({"init_values": {"std": 0.02}}, r"init_values\.std=0\.02.* be 0\.0087"),
+        ({"init_values": {"std": "x"}}, r"init_values\.std='x'.* be 0\.0087"),
+        ({"init_values": [1]}, r"init_values=\[1\].* be a JSON object"),
+        ({"n_layers_in_prelude": -1}, "n_layers_in_prelude=-1.* integer from 0 to"),
         ({"injection_type": "add"}, "injection_type='add'.* must be linear"),
         ({"block_class_name": "TransformerPreNormBlock"}, "block_class_name='TransformerPreNorm"),
         ({"norm_class_name": "LayerNorm"}, "norm_class_name='LayerNorm'"),
