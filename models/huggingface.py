@@ -97,13 +97,12 @@ def load_params(
     """
     folder = Path(folder)
     dtype = jnp.dtype(cfg.param_dtype if dtype is None else dtype)
-    found = _placements(cfg)
     places = None if shardings is None else _flat(shardings)
-    if places is not None and places.keys() != {placement.path for placement in found}:
-        raise ValueError("shardings must be a tree like the parameters of this configuration")
     with contextlib.ExitStack() as stack:
         tensors = _open(folder, stack)
-        _check(tensors, found, cfg, folder)
+        found = _check(tensors, cfg, folder)
+        if places is not None and places.keys() != {placement.path for placement in found}:
+            raise ValueError("shardings must be a tree like the parameters of this configuration")
         leaves = {}
         for placement in found:
             if places is None:
@@ -189,7 +188,7 @@ def check_weights(folder: Folder, cfg: TransformerConfig) -> None:
     missing, unknown or of another shape.
     """
     with contextlib.ExitStack() as stack:
-        _check(_open(Path(folder), stack), _placements(cfg), cfg, Path(folder))
+        _check(_open(Path(folder), stack), cfg, Path(folder))
 
 
 def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -205,9 +204,14 @@ def _open(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     return tensors
 
 
-def _check(
-    tensors: Mapping[str, Any], found: list[Placement], cfg: TransformerConfig, folder: Path
-) -> None:
+def _check(tensors: Mapping[str, Any], cfg: TransformerConfig, folder: Path) -> list[Placement]:
+    """Where the parameters lie in a folder's tensors. Raises ValueError where they do not fit."""
+    if cfg.num_layers > len(tensors):  # a name for each of a billion layers would fill the memory
+        raise ValueError(
+            f"{folder} does not hold this model: its {len(tensors)} tensors are too few for "
+            f"{cfg.num_layers} layers; give the config.json of these weights"
+        )
+    found = _placements(cfg)
     expected = {name: parts[0][0].file_shape for name, parts in _sources(found).items()}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, tensor in tensors.items():
@@ -221,6 +225,7 @@ def _check(
             problems.append(f"{name} is {kind}, wanted one of {_FLOATS}")
     if problems:
         raise ValueError(f"{folder} does not hold this model: {'; '.join(sorted(problems))}")
+    return found
 
 
 def save_params(

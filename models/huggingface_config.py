@@ -17,7 +17,7 @@ _PLAIN = {
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
 }
-_MOST = 2**31 - 1  # arrays are indexed with int32
+_MOST = 2**31 - 128  # as a padded vocabulary it is still an int32
 _KINDS = {float: "a finite number", dict: "a JSON object"}
 # Our rope_scaling -> our field -> key of the rope dictionary.
 _ROPE: dict[str, dict[str, str]] = {
@@ -231,7 +231,7 @@ def _read(
 ) -> Any:
     """An int, float or dict of config.json; the default where the key is absent or null.
 
-    Raises ValueError for another kind, an int outside `least` to 2**31 - 1 or what is not finite.
+    Raises ValueError for another kind, an int outside `least` to `_MOST` or what is not finite.
     """
     value = values.get(key)
     if value is None:

@@ -267,11 +267,11 @@ def test_what_the_trunk_lacks_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"hidden_size": "576"}, "hidden_size='576'.* an integer from 1 to 2147483647"),
+        ({"hidden_size": "576"}, "hidden_size='576'.* an integer from 1 to 2147483520"),
         ({"hidden_size": 576.0}, "hidden_size=576.0"),
         ({"hidden_size": [576]}, r"hidden_size=\[576\]"),
         ({"vocab_size": True}, "vocab_size=True"),
-        ({"vocab_size": 10**12}, "vocab_size=1000000000000.* 1 to 2147483647"),
+        ({"vocab_size": 10**12}, "vocab_size=1000000000000.* 1 to 2147483520"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
         ({"num_hidden_layers": 1.5}, "num_hidden_layers=1.5"),
         ({"head_dim": "64"}, "head_dim='64'"),
