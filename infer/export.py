@@ -22,14 +22,15 @@ def run(config: InferConfig, restored: Restored) -> None:
         "bos_token_id": restored.first_token,
         "eos_token_id": list(restored.stop_tokens),
     }
-    has_file = restored.tokenizer.fingerprint != "bytes"
-    if not has_file:
+    files = {}
+    if restored.tokenizer.fingerprint == "bytes":
         tokens[checkpoint.TOKENIZER_KEY] = "bytes"
-    huggingface.save_params(config.output, restored.params, restored.model, extra_config=tokens)
-    name = config.workdir if restored.config is None else restored.config.data.tokenizer
-    source = epath.Path(name).expanduser()
-    source = source / "tokenizer.json" if source.is_dir() else source
-    if has_file:
-        target = epath.Path(config.output) / "tokenizer.json"
-        target.write_text(source.read_text())
+    else:
+        name = config.workdir if restored.config is None else restored.config.data.tokenizer
+        source = epath.Path(name).expanduser()
+        source = source / "tokenizer.json" if source.is_dir() else source
+        files["tokenizer.json"] = source.read_bytes()
+    huggingface.save_params(
+        config.output, restored.params, restored.model, extra_config=tokens, extra_files=files
+    )
     print(f"{config.workdir} exported to {config.output}")

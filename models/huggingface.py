@@ -236,13 +236,15 @@ def save_params(
     family: str | None = None,
     max_shard_bytes: int = 5 * 10**9,
     extra_config: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Writes safetensors and config.json that transformers loads; the vocabulary is unpadded.
 
     A recurrent model is loaded by the code that lies beside the published one (Huginn-0125).
     Every process calls it with its part of the parameters; they are gathered one tensor at a
     time and process 0 writes. The folder appears whole or not at all. `extra_config` goes into
-    config.json, for what a `TransformerConfig` does not know (`eos_token_id`).
+    config.json, for what a `TransformerConfig` does not know (`eos_token_id`); `extra_files`, by
+    name, lie beside it.
     Raises FileExistsError where the folder has files, ValueError where the parameters do not fit.
     """
     folder = Path(folder).absolute()
@@ -261,6 +263,8 @@ def save_params(
     try:
         if writes:
             partial.mkdir(parents=True)
+            for name, content in (extra_files or {}).items():
+                (partial / name).write_bytes(content)
             _write_json(partial / "config.json", config_json)
             if len(shards) > 1:
                 _write_json(partial / INDEX_FILE, _index(shards, leaves, constant))

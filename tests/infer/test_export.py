@@ -1,6 +1,7 @@
 """Exporting: what is written can be read back, by this library and by its rules."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from jaxlib_methods.infer.restore import Restored, restore
 from jaxlib_methods.models import language_model, partitioning
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.train import checkpoint, run_record
+from jaxlib_methods.train.tokenizer import ByteTokenizer
 
 
 def asked(output: Path) -> InferConfig:
@@ -32,6 +34,27 @@ def test_exported_folder_holds_the_same_model(restored_on_eight: Restored, tmp_p
     again = restore(str(tmp_path / "out"), mesh=restored_on_eight.mesh)
     assert (again.first_token, again.stop_tokens) == (0, (0,))
     assert again.tokenizer.decode([104, 105]) == "hi"
+
+
+def test_the_folder_appears_with_its_tokenizer(
+    restored: Restored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, replace, appeared = tmp_path / "source", os.replace, []
+    source.mkdir()
+    (source / "tokenizer.json").write_bytes(b'{"\xc3\xa9": 0}')
+
+    def look(partial: Path, folder: Path) -> None:
+        appeared.extend(sorted(path.name for path in partial.iterdir()))
+        replace(partial, folder)
+
+    monkeypatch.setattr(os, "replace", look)
+    config = InferConfig(workdir=str(source), mode="export", output=str(tmp_path / "out"))
+    tokenizer = ByteTokenizer()
+    tokenizer.fingerprint = "of a file"
+    export.run(config, restored._replace(tokenizer=tokenizer))
+    assert appeared == ["config.json", "model.safetensors", "tokenizer.json"]
+    written = (tmp_path / "out" / "tokenizer.json").read_bytes()
+    assert written == (source / "tokenizer.json").read_bytes()
 
 
 def test_nothing_is_overwritten(restored: Restored, tmp_path: Path) -> None:

@@ -58,7 +58,8 @@ def main(port: str, num_processes: int, rank: int, source: Path, target: Path) -
 
     huggingface._open = open_counting
     params = huggingface.load_params(source, cfg, shardings=param_shardings(boxed, mesh))
-    huggingface.save_params(target, params, cfg, family=config_json["model_type"])
+    family, files = config_json["model_type"], {"notes.txt": b"of all"}
+    huggingface.save_params(target, params, cfg, family=family, extra_files=files)
     try:
         huggingface.save_params(target, params, cfg)
         refused = False

@@ -181,6 +181,7 @@ def test_two_processes_with_half_of_the_parameters_export_all_of_them(tmp_path: 
     for result in results:
         assert 0.45 < result["read"] / result["total"] < 0.55
         assert result["refused"]  # by both, though only the first looks
+    assert (tmp_path / "out" / "notes.txt").read_bytes() == b"of all"
     written = load_file(tmp_path / "out" / "model.safetensors")
     original = load_file(golden("qwen3") / "model.safetensors")
     assert written.keys() == original.keys()
