@@ -29,7 +29,7 @@ from jaxlib_methods.train.prepare import (
     train_step_of,
 )
 from jaxlib_methods.train.state import TrainState
-from jaxlib_methods.train.watch import Stopwatch, Watchdog
+from jaxlib_methods.train.watch import Starts, Stopwatch, Watchdog
 
 
 def run(config: RunConfig) -> None:
@@ -202,8 +202,12 @@ class _Loop:
             kept = report.seconds_so_far(config.workdir) if process_0 else 0.0
             self._begun = time.perf_counter() - kept
             self._watch = Stopwatch(started)
-            self._watch.add("start", time.perf_counter() - started)
-            self._lost_secs = done_before - kept  # of steps that are done again
+            start_secs = time.perf_counter() - started
+            self._watch.add("start", start_secs)
+            self._writer.flush()  # in a bucket, too, what is counted as lost is now gone
+            self._starts = Starts(
+                config.workdir, step, start_secs=start_secs, again_secs=done_before - kept
+            )
             self._enter_phase(step)
             try:
                 self._steps(state, batches)
@@ -264,7 +268,8 @@ class _Loop:
             if last or stopping or failure:
                 with self._watch("checkpoint"), self._watchdog.saving():
                     self._checkpoints.wait()
-                self._writer.write(done, self._watch.read() | {"time/lost_secs": self._lost_secs})
+                lost = {"time/lost_secs": self._starts.lost_secs}
+                self._writer.write(done, self._watch.read() | lost)
             if stopping or failure:
                 self._end(done, failure)
         self._profile(train.num_steps, state)
@@ -280,6 +285,7 @@ class _Loop:
     def _announce(self, state: TrainState) -> None:
         jax.block_until_ready(state.step)
         _say(f"first step done {time.perf_counter() - self._started:.1f} s after the start")
+        self._starts.first_step_done(compile_secs=self._watch.read()["time/compile_secs"])
         self._pause()
 
     def _pause(self) -> None:

@@ -1,6 +1,7 @@
 """Where the time of a run goes: seconds of each part, and steps that take far too long."""
 
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -11,7 +12,9 @@ from statistics import median
 from typing import Self
 
 import jax
+from etils import epath
 
+STARTS_FILE = "starts.jsonl"
 LEAST_SECS = 60.0  # nothing shorter is too long for a step
 SAVE_SECS = 300.0  # of the wait for a checkpoint, which no median tells
 _KEPT_STEPS = 100
@@ -71,11 +74,71 @@ class Stopwatch:
         self._secs[part] = self._secs.get(part, 0.0) + secs
 
     def read(self) -> dict[str, float]:
-        """`time/PART_secs`, the steps' and all of them, and `time/goodput`, the steps' share."""
+        """`time/PART_secs`, the steps' and all of them, and `time/goodput`, the steps' share.
+
+        All of it is of this start alone; what the ones before it have cost says `Starts`.
+        """
         total = self._clock() - self._started
         parts = {**self._secs, "steps": total - sum(self._secs.values()), "total": total}
         named = {f"time/{part}_secs": secs for part, secs in parts.items()}
         return named | {"time/goodput": parts["steps"] / total}
+
+
+class Starts:
+    """WORKDIR/starts.jsonl: what the starts of a run cost, a line each; process 0 writes.
+
+        starts = Starts(workdir, 120, start_secs=14.2, again_secs=11.0)
+        starts.first_step_done(compile_secs=30.5)
+        starts.lost_secs
+
+    step: the one that a start goes on from. again_secs: of training behind it that the metrics had
+    recorded, and have no longer.
+
+    `lost_secs` is of all starts up to this one: training that is done again, and the start and the
+    compilation of every earlier one, which an unbroken run would not have had. What a killed start
+    did after its last record is known to nobody. A line that is damaged or missing does not count.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, step: int, *, start_secs: float, again_secs: float
+    ) -> None:
+        self._path = epath.Path(workdir) / STARTS_FILE
+        self._earlier = _accounts(self._path)
+        self.lost_secs = again_secs
+        if self._earlier:
+            last = self._earlier[-1]
+            if step <= last["step"]:  # its compilation is among what is done again
+                self.lost_secs = max(again_secs, last["compile_secs"])
+            else:
+                self.lost_secs += last["compile_secs"]
+            self.lost_secs += last["lost_secs"] + last["start_secs"]
+        self._account = {"step": step, "lost_secs": self.lost_secs, "start_secs": start_secs}
+        self._write(compile_secs=0.0)
+
+    def first_step_done(self, *, compile_secs: float) -> None:
+        """Adds what is known once a start trains."""
+        self._write(compile_secs=compile_secs)
+
+    def _write(self, **more: float) -> None:
+        if jax.process_index() == 0:
+            lines = [
+                json.dumps(account) + "\n" for account in [*self._earlier, self._account | more]
+            ]
+            partial = self._path.with_name(STARTS_FILE + ".partial")
+            partial.write_text("".join(lines))
+            partial.replace(self._path)
+
+
+def _accounts(path: epath.Path) -> list[dict[str, float]]:
+    """The lines of a starts.jsonl that are whole."""
+    names = ("step", "lost_secs", "start_secs", "compile_secs")
+    found = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(KeyError, TypeError, ValueError):
+                account = json.loads(line)
+                found.append({name: account[name] + 0 for name in names})
+    return found
 
 
 class Watchdog:

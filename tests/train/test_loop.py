@@ -306,8 +306,45 @@ def test_steps_that_are_done_again_are_lost_time(tiny, tmp_path, read_metrics):
     shutil.rmtree(tmp_path / "checkpoints" / "4")  # as if the process had died before it
     start(tiny(tmp_path, every=2))
     assert len(times(tmp_path)) == 1  # the line of the first start went with its last steps
-    assert 0 < times(tmp_path)[0]["time/lost_secs"] < recorded
+    first, second = starts(tmp_path)
+    lost = times(tmp_path)[0]["time/lost_secs"]
+    assert lost == second["lost_secs"]
+    assert 0 < lost - first["start_secs"] - first["compile_secs"] < recorded
     assert steps_with(read_metrics(tmp_path), "train/loss") == list(range(1, 9))
+
+
+def starts(workdir):
+    """What each start has cost."""
+    return [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
+
+
+class KillAfter(StopAfter):
+    """Ends the run where it stands, with nothing saved, when it has been asked `steps` times."""
+
+    def is_set(self):
+        if super().is_set():
+            raise OSError("killed")
+        return False
+
+
+def test_the_time_of_every_killed_start_is_lost(unbroken, tiny, tmp_path, read_metrics):
+    config = tiny(tmp_path, every=0)
+    recorded = []
+    for steps in (5, 3):
+        prepared = loop.prepare(config)
+        with pytest.raises(OSError, match="killed"):
+            loop.train(prepared, stop=KillAfter(steps), started=time.perf_counter())
+        recorded.append(report.seconds_so_far(tmp_path))
+    loop.train(loop.prepare(config), stop=threading.Event(), started=time.perf_counter())
+    first, second, last = starts(tmp_path)
+    assert min(recorded) > min(first["compile_secs"], second["compile_secs"]) > 0
+    assert first["lost_secs"] == 0
+    assert second["lost_secs"] == pytest.approx(first["start_secs"] + recorded[0])
+    assert last["lost_secs"] == pytest.approx(
+        second["lost_secs"] + second["start_secs"] + recorded[1]
+    )
+    assert times(tmp_path)[0]["time/lost_secs"] == last["lost_secs"]
+    assert read_metrics(tmp_path) == read_metrics(Path(unbroken.workdir))
 
 
 def test_one_workdir_has_one_run(tiny, tmp_path):

@@ -1,12 +1,13 @@
 """Seconds of a run's parts, and steps that take too long; on a clock that the tests set."""
 
 import contextlib
+import json
 import threading
 import time
 
 import pytest
 
-from jaxlib_methods.train.watch import Stopwatch, Watchdog
+from jaxlib_methods.train.watch import Starts, Stopwatch, Watchdog
 
 
 class Clock:
@@ -42,6 +43,32 @@ def test_parts_and_steps_make_up_the_whole():
         "time/total_secs": 33.5,
         "time/goodput": pytest.approx(17.0 / 33.5),
     }
+
+
+def test_what_starts_have_cost_is_kept_over_all_of_them(tmp_path):
+    def start(step, again_secs):
+        starts = Starts(tmp_path, step, start_secs=2.0, again_secs=again_secs)
+        starts.first_step_done(compile_secs=5.0)
+        return starts.lost_secs
+
+    assert start(0, 0.0) == 0.0
+    assert start(0, 11.0) == 2.0 + 11.0  # which holds the compilation: it saved nothing
+    assert start(0, 0.0) == 13.0 + 2.0 + 5.0  # killed before anything was recorded
+    assert start(40, 7.0) == 20.0 + 2.0 + 5.0 + 7.0
+    lines = (tmp_path / "starts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 0, 0, 40]
+    assert json.loads(lines[-1]) == {
+        "step": 40, "lost_secs": 34.0, "start_secs": 2.0, "compile_secs": 5.0
+    }  # fmt: skip
+    Starts(tmp_path, 40, start_secs=2.0, again_secs=0.0)  # killed before its first step
+    assert start(40, 0.0) == 34.0 + 2.0 + 5.0 + 2.0
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff", b'{"step": 3', b"[]\n", b'{"step": 0}\n7\n'])
+def test_damaged_accounts_count_from_now_on(tmp_path, damage):
+    (tmp_path / "starts.jsonl").write_bytes(damage)
+    assert Starts(tmp_path, 4, start_secs=2.0, again_secs=3.0).lost_secs == 3.0
+    assert Starts(tmp_path, 4, start_secs=2.0, again_secs=1.0).lost_secs == 3.0 + 2.0 + 1.0
 
 
 def steps(dog, clock, *secs):
