@@ -227,7 +227,7 @@ class _Loop:
         )
         self._throughput.read()  # what is left was another program's
         self._throughput.flops_per_token = self._method.flops_per_token
-        self._compiled = False
+        self._compiled = self._evaluated = False
         self._pause()
 
     def _steps(self, state: TrainState, batches: Iterator[Any]) -> None:
@@ -237,8 +237,7 @@ class _Loop:
                 self._drain(step)
                 self._enter_phase(step)
             self._profile(step, state)
-            if self._compiled:
-                self._watchdog.step_begins(step + 1)
+            self._watchdog.step_begins(step + 1, compiles=not self._compiled)
             # The devices wait for a batch only once they have done the last one.
             with self._watch("input", hidden=lambda state=state: not state.step.is_ready()):
                 batch = next(batches)
@@ -328,10 +327,12 @@ class _Loop:
 
     def _evaluate(self, state: TrainState, step: int) -> None:
         total = metrics.Accumulator("validation")
-        with self._watch("evaluation"):
+        watched = self._watchdog.evaluating(len(self._held_out), compiles=not self._evaluated)
+        with self._watch("evaluation"), watched:
             for batch in self._held_out:
                 total.add(step, self._eval_step(state, self._extra, batch, self._key))
             total.drain()
+        self._evaluated = True
         values = total.read()
         self._writer.write(step, values | self._elapsed() | self._judge(step, values))
 

@@ -17,6 +17,7 @@ from etils import epath
 STARTS_FILE = "starts.jsonl"
 LEAST_SECS = 60.0  # nothing shorter is too long for a step
 SAVE_SECS = 300.0  # of the wait for a checkpoint, which no median tells
+COMPILE_SECS = 1800.0  # what compiling a large model may take, which none tells either
 _KEPT_STEPS = 100
 _CHECK_SECS = 1.0
 
@@ -145,29 +146,33 @@ class Watchdog:
     """Prints where every thread stands when a step takes far longer than the ones before it.
 
     It ends nothing: who waits for a lost process, or a slow disk, is seen in the log. factor: of
-    the median of the last 100 steps, at least a minute; 0 does not watch. A save that holds up the
-    run has five minutes.
+    the median of the last 100 steps, at least a minute; 0 does not watch. Where a program is
+    compiled it has half an hour more, which holds for a first step too, and a save that holds up
+    the run has five minutes.
     """
 
     def __init__(self, factor: float, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._factor, self._clock = factor, clock
         self._secs: deque[float] = deque(maxlen=_KEPT_STEPS)
         self._last: float | None = None
-        self._save: float | None = None
-        self._step = 0
+        self._aside: tuple[str, float, float] | None = None  # what, since when, seconds it has
+        self._step, self._compiles = 0, False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
-    def step_begins(self, step: int) -> None:
-        """Watches a step, from here or from the end of the one before it."""
-        self._step = step
+    def step_begins(self, step: int, *, compiles: bool = False) -> None:
+        """Watches a step, from here or from the end of the one before it.
+
+        compiles: it is the first one of its program, and does not count for the median.
+        """
+        self._step, self._compiles = step, compiles
         if self._last is None:
             self._last = self._clock()
 
     def step_done(self) -> None:
         """Marks the end of a step."""
         now = self._clock()
-        if self._last is not None:
+        if self._last is not None and not self._compiles:
             self._secs.append(now - self._last)
         self._last = now
 
@@ -175,29 +180,46 @@ class Watchdog:
         """Leaves out what follows, up to the next step."""
         self._last = None
 
-    @contextlib.contextmanager
-    def saving(self) -> Iterator[None]:
+    def saving(self) -> contextlib.AbstractContextManager[None]:
         """Watches what happens inside, which waits for a checkpoint and is no step."""
-        self._last, self._save = None, self._clock()
+        return self._watch_aside("a save", SAVE_SECS)
+
+    def evaluating(
+        self, batches: int, *, compiles: bool = False
+    ) -> contextlib.AbstractContextManager[None]:
+        """Watches what happens inside, which evaluates batches and is no step."""
+        return self._watch_aside("an evaluation", self._bound(batches, compiles=compiles))
+
+    @contextlib.contextmanager
+    def _watch_aside(self, what: str, secs: float) -> Iterator[None]:
+        self._last, self._aside = None, (what, self._clock(), secs)
         try:
             yield
         finally:
-            self._save = None
+            self._aside = None
+
+    def _bound(self, steps: int = 1, *, compiles: bool) -> float:
+        """Seconds that as much work as that of some steps has, before it is too long."""
+        usual = median(self._secs) if self._secs else 0.0
+        more = COMPILE_SECS if compiles or not self._secs else 0.0
+        return max(LEAST_SECS, self._factor * usual * steps) + more
 
     def check(self) -> bool:
-        """Whether the step or the save under way takes too long; says so once."""
-        now, last, save = self._clock(), self._last, self._save
-        if save is not None and now - save > SAVE_SECS:
-            self._save = None
-            _say(f"a save has held up the run for {now - save:.0f} s")
+        """Whether what is under way takes too long; says so once."""
+        now, last, aside = self._clock(), self._last, self._aside
+        if aside is not None:
+            what, since, most = aside
+            if now - since <= most:
+                return False
+            self._aside = None
+            _say(f"{what} has held up the run for {now - since:.0f} s")
             return True
-        if last is None or not self._secs:
-            return False
-        secs, usual = now - last, median(self._secs)
-        if secs <= max(LEAST_SECS, self._factor * usual):
+        if last is None or now - last <= self._bound(compiles=self._compiles):
             return False
         self._last = None
-        _say(f"step {self._step} has taken {secs:.0f} s, the last ones took {usual:.2f} s")
+        what = f"step {self._step}" + (" with its compilation" if self._compiles else "")
+        usual = f", the last ones took {median(self._secs):.2f} s" if self._secs else ""
+        _say(f"{what} has taken {now - last:.0f} s{usual}")
         return True
 
     def _watch(self) -> None:

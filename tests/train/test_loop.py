@@ -31,6 +31,7 @@ from jaxlib_methods.train import (
     presets,
     report,
     run_record,
+    watch,
 )
 from jaxlib_methods.train.config import TrainConfig
 
@@ -345,6 +346,27 @@ def test_the_time_of_every_killed_start_is_lost(unbroken, tiny, tmp_path, read_m
     )
     assert times(tmp_path)[0]["time/lost_secs"] == last["lost_secs"]
     assert read_metrics(tmp_path) == read_metrics(Path(unbroken.workdir))
+
+
+def test_compilation_and_evaluation_are_watched(tiny, tmp_path, monkeypatch, capfd):
+    for name, secs in (("LEAST_SECS", 0.1), ("COMPILE_SECS", 0.0), ("_CHECK_SECS", 0.01)):
+        monkeypatch.setattr(watch, name, secs)
+    drain = metrics.Accumulator.drain
+
+    def slowly(self):
+        time.sleep(0.5 if self._prefix == "validation" else 0.0)
+        drain(self)
+
+    def batches(*arguments, make=data.device_batches, **settings):
+        time.sleep(0.5)
+        yield from make(*arguments, **settings)
+
+    monkeypatch.setattr(metrics.Accumulator, "drain", slowly)
+    monkeypatch.setattr(data, "device_batches", batches)
+    start(tiny(tmp_path, num_steps=3, every=0, stall_factor=1e-6))
+    said = capfd.readouterr().err
+    assert "process 0: step 1 with its compilation has taken 0 s; where its threads" in said
+    assert "process 0: an evaluation has held up the run for 0 s; where its threads" in said
 
 
 def test_one_workdir_has_one_run(tiny, tmp_path):

@@ -143,6 +143,48 @@ def test_a_save_has_five_minutes_and_ends(capfd):
     assert not dog.check()
 
 
+def test_a_first_step_and_the_one_behind_it_have_half_an_hour(capfd):
+    clock = Clock()
+    dog = Watchdog(10.0, clock=clock)
+    for step, said in ((1, "step 1 with its compilation"), (2, "step 2")):
+        dog.step_begins(step, compiles=step == 1)
+        clock.now += 1860.0
+        assert not dog.check()
+        clock.now += 1.0
+        assert dog.check()
+        assert f"process 0: {said} has taken 1861 s; where" in capfd.readouterr().err
+        dog.pause()
+
+
+def test_another_program_is_compiled_beside_the_median():
+    clock = Clock()
+    dog = Watchdog(10.0, clock=clock)
+    steps(dog, clock, 9.0, 9.0)
+    dog.pause()
+    dog.step_begins(3, compiles=True)
+    clock.now += 1800.0
+    assert not dog.check()
+    dog.step_done()
+    dog.step_begins(4)
+    clock.now += 90.1  # compiling has not moved the median
+    assert dog.check()
+
+
+@pytest.mark.parametrize(("compiles", "most"), [(False, 270.0), (True, 2070.0)])
+def test_an_evaluation_has_as_long_as_its_batches(compiles, most, capfd):
+    clock = Clock()
+    dog = Watchdog(10.0, clock=clock)
+    steps(dog, clock, 9.0)
+    with dog.evaluating(3, compiles=compiles):
+        clock.now += most
+        assert not dog.check()
+        clock.now += 1.0
+        assert dog.check()
+        assert not dog.check()
+    said = capfd.readouterr().err
+    assert said.startswith(f"process 0: an evaluation has held up the run for {most + 1:.0f} s; ")
+
+
 def test_a_thread_looks_and_ends_with_the_run(monkeypatch, capfd):
     monkeypatch.setattr("jaxlib_methods.train.watch._CHECK_SECS", 0.01)
     clock = Clock()
