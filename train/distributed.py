@@ -5,9 +5,12 @@ import importlib.util
 import os
 import signal
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +18,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 PORT = 8476
-TIMEOUT_SECS = 3600  # a host may tokenise its corpus first
 HOSTS = "JAXLIB_METHODS_HOSTS"  # plain ssh: the same comma-separated list on every host
 HEARTBEAT = "JAXLIB_METHODS_HEARTBEAT_SECS"
 HEARTBEAT_SECS = 100  # a process that is silent for so long is dead, and ends the others
+JOIN = "JAXLIB_METHODS_JOIN_SECS"
+JOIN_SECS = 3600  # a host may tokenise its corpus first
+_SAY_SECS = 60.0
 
 
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
@@ -29,20 +34,55 @@ def initialize(environment: Mapping[str, str] = os.environ) -> None:
     than one task; a machine with TPUs. The last two are found out by JAX itself.
     A process that dies ends the others, with its number in their logs, as soon as it has been
     silent for JAXLIB_METHODS_HEARTBEAT_SECS, 100 by default.
-    Raises ValueError where the variables contradict each other.
+    Raises ValueError where the variables contradict each other, or where not all processes have
+    come within JAXLIB_METHODS_JOIN_SECS, 3600 by default.
     """
-    silence = environment.get(HEARTBEAT, str(HEARTBEAT_SECS))
-    if not silence.isdigit() or int(silence) < 1:
-        raise ValueError(f"{HEARTBEAT}={silence} must be a number of seconds, at least 1")
+    silence = _seconds(environment, HEARTBEAT, HEARTBEAT_SECS)
+    patience = _seconds(environment, JOIN, JOIN_SECS)
     arguments = process_arguments(
         environment, hostname=socket.gethostname(), has_tpu=_has_tpu(environment)
     )
     if arguments is not None and not jax.distributed.is_initialized():
-        jax.distributed.initialize(
-            **arguments,
-            initialization_timeout=TIMEOUT_SECS,
-            heartbeat_timeout_seconds=int(silence),
-        )
+        _join(arguments | {"heartbeat_timeout_seconds": silence}, patience)
+
+
+def _seconds(environment: Mapping[str, str], name: str, default: int) -> int:
+    value = environment.get(name, str(default))
+    if not value.isdigit() or int(value) < 1:
+        raise ValueError(f"{name}={value} must be a number of seconds, at least 1")
+    return int(value)
+
+
+def _join(arguments: Mapping[str, Any], patience: int) -> None:
+    """Calls `jax.distributed.initialize` and says every minute that it waits.
+
+    In a thread of its own: where its own time is over it aborts the process with a stack trace.
+    """
+    failed: list[Exception] = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(**arguments, initialization_timeout=patience + 60)
+        except Exception as error:  # raised below
+            failed.append(error)
+
+    who = "all processes of the run"
+    if "num_processes" in arguments:
+        who = f"{arguments['num_processes']} processes at {arguments['coordinator_address']}"
+    thread = threading.Thread(target=connect, name="join", daemon=True)
+    begun = time.monotonic()
+    thread.start()
+    while thread.is_alive():
+        waited = time.monotonic() - begun
+        if waited >= patience:
+            raise ValueError(
+                f"waited {patience} s for {who}, and not all have come; look why in the others' "
+                f"logs, or set {JOIN} to more seconds"
+            )
+        print(f"waiting for {who}, {waited:.0f} s so far", file=sys.stderr, flush=True)
+        thread.join(min(_SAY_SECS, patience - waited))
+    if failed:
+        raise failed[0]
 
 
 def _has_tpu(environment: Mapping[str, str]) -> bool:

@@ -59,10 +59,61 @@ def test_contradictions_are_refused(environment, message):
         process_arguments(environment, hostname="host1.cluster")
 
 
+@pytest.mark.parametrize("name", ["HEARTBEAT", "JOIN"])
 @pytest.mark.parametrize("secs", ["0", "soon", "-3"])
-def test_a_heartbeat_is_seconds(secs):
-    with pytest.raises(ValueError, match=f"_HEARTBEAT_SECS={secs} must be a number of seconds"):
-        distributed.initialize({"JAXLIB_METHODS_HEARTBEAT_SECS": secs})
+def test_a_heartbeat_and_a_wait_are_seconds(name, secs):
+    with pytest.raises(ValueError, match=f"_{name}_SECS={secs} must be a number of seconds"):
+        distributed.initialize({f"JAXLIB_METHODS_{name}_SECS": secs})
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_who_waits_for_others_says_so_and_ends(index, root):
+    code = (
+        "from jaxlib_methods.train import distributed, flags\n"
+        "distributed._SAY_SECS = 1\n"
+        "with flags.one_line_errors():\n"
+        "    distributed.initialize()"
+    )
+    address = f"localhost:{free_port()}"
+    own = {
+        "PYTHONPATH": str(root),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COORDINATOR_ADDRESS": address,
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+        "JAXLIB_METHODS_JOIN_SECS": "3",
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert found.returncode == 1, found.stderr
+    who = f"2 processes at {address}"
+    waits = [line for line in found.stderr.splitlines() if line.startswith("waiting")]
+    assert waits[0] == f"waiting for {who}, 0 s so far"
+    assert len(waits) > 1
+    assert f"error: waited 3 s for {who}, and not all have come; look why" in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_what_joining_raises_is_raised(monkeypatch, capfd):
+    def refused(**settings):
+        raise RuntimeError(f"after {settings['heartbeat_timeout_seconds']}")
+
+    monkeypatch.setattr("jax.distributed.initialize", refused)
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "JAXLIB_METHODS_HEARTBEAT_SECS": "7"}
+    with pytest.raises(RuntimeError, match="after 7"):
+        distributed.initialize(slurm)
 
 
 def test_the_signal_sets_an_event_and_is_given_back():
@@ -124,9 +175,7 @@ class Processes:
         self.started: list[subprocess.Popen] = []
 
     def start(self, count: int, *arguments: str) -> list[subprocess.Popen]:
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         running = []
         for index in range(count):
             own = {
