@@ -41,6 +41,11 @@ _REASON_READERS: dict[str, tuple[str, ...]] = {
     "places": ("evaluate", "think"),
 }
 
+# How text is drawn, which generation alone does.
+_DRAWING = (
+    "num_samples", "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "stream",
+)  # fmt: skip
+
 _ESCAPES = {r"\n": "\n", r"\t": "\t", r"\r": "\r", r"\\": "\\"}
 
 
@@ -136,6 +141,9 @@ class InferConfig:
             raise ValueError("--eval_batches is for --mode=evaluate and --mode=think")
         if self.mode not in ("evaluate", "think", "entropy") and self.data:
             raise ValueError("--data.* is for --mode=evaluate, --mode=think and --mode=entropy")
+        for name in _DRAWING:
+            if self.mode != "generate" and getattr(self, name) != getattr(InferConfig, name):
+                raise ValueError(f"--{name} is for --mode=generate; leave it out")
         _ = self.sampling  # validates itself
         _ = ThinkConfig(**self.think)
         self._check_depth()
@@ -208,7 +216,10 @@ class InferConfig:
 
 
 def _read_prompts(path: str) -> list[str]:
-    text = epath.Path(path).expanduser().read_text()
+    try:
+        text = epath.Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt_file={path} cannot be read: {error}") from error
     if not path.endswith(".jsonl"):
         return [text]
     prompts = []
