@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
             export,
             generate,
             generate_thoughts,
+            report,
             restore,
             score,
             think,
@@ -47,14 +48,10 @@ def main(argv: list[str]) -> None:
 
         if not FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # app.run sets INFO, at which Orbax talks
-        restore.check(
-            asked.workdir, asked.mode, think=asked.think, depth=asked.depth, reason=asked.reason
+        found = restore.describe(
+            asked.workdir, step=asked.step, think=asked.think, depth=asked.depth
         )
-        mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
-        restored = restore.restore(
-            asked.workdir, mesh=mesh, step=asked.step, think=asked.think, depth=asked.depth
-        )
-        restored = restored._replace(seed=asked.seed)
+        restore.check(found, asked.workdir, asked.mode, reason=asked.reason)
         modes = {
             "generate": generate,
             "evaluate": evaluate,
@@ -64,11 +61,16 @@ def main(argv: list[str]) -> None:
             "denoise": denoise,
             "entropy": entropy,
         }
-        if restored.kind == "thoughts":
+        if found.kind == "thoughts":
             modes["evaluate"] = evaluate_thoughts
         if asked.reason:
             modes["generate"] = generate_thoughts
-        modes[asked.mode].run(asked, restored)
+        mode = modes[asked.mode]
+        report.check_output(asked)
+        mode.check(asked, found)
+        mesh = partitioning.make_mesh(**dataclasses.asdict(asked.mesh))
+        restored = restore.load(found, asked.workdir, mesh)
+        mode.run(asked, restored._replace(seed=asked.seed))
 
 
 if __name__ == "__main__":

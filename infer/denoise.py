@@ -181,11 +181,8 @@ def with_baseline(workdir: str, restored: Restored, *, mesh: Mesh) -> dict[str, 
     return runs
 
 
-def run(config: InferConfig, restored: Restored) -> None:
-    """Measures what the flags ask for; prints a table, and with `output` writes JSON and a PNG.
-
-    Raises ValueError for a run of another method or of masked patches.
-    """
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError for a run of another method or of masked patches."""
     method = None if restored.config is None else restored.config.method_config
     if not isinstance(method, RestorationConfig):
         raise ValueError(
@@ -194,6 +191,13 @@ def run(config: InferConfig, restored: Restored) -> None:
         )
     if method.task != "denoise":
         raise ValueError(f"{config.workdir} was trained with task={method.task}, not to denoise")
+
+
+def run(config: InferConfig, restored: Restored) -> None:
+    """Measures what the flags ask for; prints a table, and with `output` writes JSON and a PNG."""
+    assert restored.config is not None
+    method = restored.config.method_config
+    assert isinstance(method, RestorationConfig)
     runs = with_baseline(config.workdir, restored, mesh=restored.mesh)
     dataset = method.dataset()("validation")
     rows = measure(runs, dataset.rows(range(NUM_IMAGES)))

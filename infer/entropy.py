@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 
 from jaxlib_methods import linear_losses, losses
+from jaxlib_methods.infer import evaluate
 from jaxlib_methods.infer.config import InferConfig
-from jaxlib_methods.infer.evaluate import data_config
 from jaxlib_methods.infer.restore import Restored, Trunk
 from jaxlib_methods.method import Batch
 from jaxlib_methods.models import partitioning
@@ -59,10 +59,15 @@ def measure(
     yield np.asarray(waiting.pop())[:rest]
 
 
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError or FileNotFoundError where there is no such text for the model."""
+    evaluate.check(config, restored)
+
+
 def run(config: InferConfig, restored: Restored) -> None:
     """Measures both splits and writes `output`."""
     assert config.output is not None
-    cfg = data_config(restored, config.data)
+    cfg = evaluate.data_config(restored, config.data)
     parts = {
         split: data.open_dataset(cfg, restored.tokenizer, split=split, in_order=True)
         for split in ("train", "validation")

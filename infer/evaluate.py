@@ -41,13 +41,18 @@ def data_config(restored: Restored, overrides: dict[str, Any]) -> DataConfig:
     return dataclasses.replace(base, **overrides)
 
 
-def open_validation(restored: Restored, cfg: DataConfig) -> data.TextDataset:
-    """The validation split. Raises ValueError where a sequence exceeds the model's context."""
+def check_length(restored: Restored, cfg: DataConfig) -> None:
+    """Raises ValueError where a sequence exceeds the model's context."""
     if cfg.sequence_length > restored.model.max_length:
         raise ValueError(
             f"data.sequence_length={cfg.sequence_length} is longer than the model's context of "
             f"{restored.model.max_length}; give at most that"
         )
+
+
+def open_validation(restored: Restored, cfg: DataConfig) -> data.TextDataset:
+    """The validation split. Raises ValueError where a sequence exceeds the model's context."""
+    check_length(restored, cfg)
     return data.open_dataset(cfg, restored.tokenizer, split="validation")
 
 
@@ -150,6 +155,13 @@ def sentence(name: str, result: Evaluation) -> str:
         f"{name}: {result.nats_per_token:.4f} nats per token, {result.bits_per_byte:.4f} bits per "
         f"byte{thinking}, over {result.num_tokens:,} tokens of validation text"
     )
+
+
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError or FileNotFoundError where there is no such text for the model."""
+    cfg = data_config(restored, config.data)
+    check_length(restored, cfg)
+    data.check_sources(cfg)
 
 
 def run(config: InferConfig, restored: Restored) -> None:

@@ -39,6 +39,11 @@ def tiers_line(tiers_by: str | None) -> str:
     return "" if tiers_by is None else made
 
 
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError or FileNotFoundError where there is no such budget or no such data."""
+    reasoning.check(config, restored)
+
+
 def run(config: InferConfig, restored: Restored) -> None:
     """Prints the comparison, and writes JSON where `output` is given."""
     data = reasoning.data_config(config, restored)

@@ -1,5 +1,6 @@
 """A finished model as a folder that transformers, and this library, can load."""
 
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -8,6 +9,16 @@ from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored
 from jaxlib_methods.models import huggingface
 from jaxlib_methods.train import checkpoint
+
+
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises FileExistsError where `output` has files."""
+    del restored
+    assert config.output is not None
+    if huggingface.is_taken(Path(config.output)):
+        raise FileExistsError(
+            f"--output={config.output} already exists; give a new or an empty folder"
+        )
 
 
 def run(config: InferConfig, restored: Restored) -> None:

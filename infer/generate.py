@@ -215,8 +215,7 @@ def generate(
     show: is given the text of the first continuation piece by piece, while it is drawn; it changes
     no token. Raises ValueError where a prompt and its continuation exceed the model's context.
     """
-    encoded = [[restored.first_token, *restored.tokenizer.encode(p).tolist()] for p in prompts]
-    check_context(max(map(len, encoded)), max_new_tokens, restored.model.max_length)
+    encoded = _encode(restored, prompts, max_new_tokens)
     repeated = [ids for ids in encoded for _ in range(num_samples)]
     rows = [TextRow(restored, stop, max_new_tokens) for _ in repeated]
     pieces = draw(
@@ -240,6 +239,12 @@ def generate(
     ]
 
 
+def _encode(restored: Restored, prompts: Sequence[str], max_new_tokens: int) -> list[list[int]]:
+    encoded = [[restored.first_token, *restored.tokenizer.encode(p).tolist()] for p in prompts]
+    check_context(max(map(len, encoded)), max_new_tokens, restored.model.max_length)
+    return encoded
+
+
 def _room(restored: Restored, prompts: Sequence[str]) -> int:
     """How many tokens to draw where nobody says: DEFAULT_NEW_TOKENS, or what the context has."""
     longest = max(len(restored.tokenizer.encode(prompt)) for prompt in prompts) + 1
@@ -260,9 +265,7 @@ def check_context(longest: int, max_new_tokens: int, max_length: int) -> None:
         )
 
 
-def run(config: InferConfig, restored: Restored) -> None:
-    """Generates what the flags ask for; prints it, and writes JSONL where `output` is given."""
-    prompts = config.prompts()
+def _streams(config: InferConfig, prompts: Sequence[str]) -> bool:
     single = len(prompts) * config.num_samples == 1
     stream = single and sys.stdout.isatty() if config.stream is None else config.stream
     if stream and not single:
@@ -270,6 +273,20 @@ def run(config: InferConfig, restored: Restored) -> None:
             f"--stream shows one continuation, not {len(prompts)} prompts x "
             f"num_samples={config.num_samples}; leave it out"
         )
+    return stream
+
+
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError where the prompts cannot be read or do not fit into the context."""
+    prompts = config.prompts()
+    _streams(config, prompts)
+    _encode(restored, prompts, config.max_new_tokens or _room(restored, prompts))
+
+
+def run(config: InferConfig, restored: Restored) -> None:
+    """Generates what the flags ask for; prints it, and writes JSONL where `output` is given."""
+    prompts = config.prompts()
+    stream = _streams(config, prompts)
     if stream:
         _print(prompts[0])
     completions = generate(

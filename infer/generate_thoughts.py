@@ -167,10 +167,9 @@ def write(
     """Continues prompts of token ids, each with thoughts within the budget.
 
     max_new_tokens: none ends with the answer to one thought. every: tokens from one thought to the
-    next; 0 thinks once. Raises ValueError where prompt and continuation exceed the model's context.
+    next; 0 thinks once. All must fit into the model's context.
     """
     most = max_new_tokens or reasoner.setting.cfg.max_answer
-    generate.check_context(max(map(len, encoded)), most, restored.model.max_length)
     key = decoding.stream_key(seed, Stream.TOKENS)
     writer = _Writer(
         restored, reasoner, encoded, max_new_tokens=most, sampling=sampling, stop=stop, key=key
@@ -189,6 +188,28 @@ def write(
     return found
 
 
+def _plan(
+    restored: Restored, prompts: Sequence[str], asked: ReasonConfig, max_new_tokens: int | None
+) -> tuple[list[list[int]], Reasoner]:
+    """The token ids of the prompts, and how to think behind them."""
+    cfg = reasoning.run_config(restored)
+    first = [restored.first_token] if cfg.task == "text" else []  # as in training
+    encoded = [[*first, *restored.tokenizer.encode(prompt).tolist()] for prompt in prompts]
+    longest, most = max(map(len, encoded)), max_new_tokens or cfg.max_answer
+    reasoner = reasoning.make_reasoner(
+        restored, asked, evaluate.data_config(restored, {}),
+        prompt_tokens=longest + most - 1,
+    )  # fmt: skip
+    read = reasoner.setting.prefix_length
+    if not reasoner.is_text and not 0 < min(map(len, encoded)) <= longest <= read:
+        raise ValueError(
+            f"a question has 1 to {read} tokens in this run, and these prompts have "
+            f"{min(map(len, encoded))} to {longest}"
+        )
+    generate.check_context(longest, most, restored.model.max_length)
+    return encoded, reasoner
+
+
 def think(
     restored: Restored,
     prompts: Sequence[str],
@@ -201,20 +222,7 @@ def think(
     seed: int = 0,
 ) -> list[Reasoned]:
     """Thinks behind each prompt `num_samples` times; see `write`."""
-    cfg = reasoning.run_config(restored)
-    first = [restored.first_token] if cfg.task == "text" else []  # as in training
-    encoded = [[*first, *restored.tokenizer.encode(prompt).tolist()] for prompt in prompts]
-    longest = max(map(len, encoded))
-    reasoner = reasoning.make_reasoner(
-        restored, asked, evaluate.data_config(restored, {}),
-        prompt_tokens=longest + (max_new_tokens or cfg.max_answer) - 1,
-    )  # fmt: skip
-    read = reasoner.setting.prefix_length
-    if not reasoner.is_text and not 0 < min(map(len, encoded)) <= longest <= read:
-        raise ValueError(
-            f"a question has 1 to {read} tokens in this run, and these prompts have "
-            f"{min(map(len, encoded))} to {longest}"
-        )
+    encoded, reasoner = _plan(restored, prompts, asked, max_new_tokens)
     repeated = [ids for ids in encoded for _ in range(num_samples)]
     found = write(
         restored, reasoner, repeated, max_new_tokens=max_new_tokens, sampling=sampling,
@@ -241,6 +249,15 @@ def think_of_examples(
     return [
         one._replace(truth=decode(truth)) for one, truth in zip(found, places.truths, strict=True)
     ]
+
+
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError where the prompts, or thoughts behind them, do not fit into the context."""
+    if config.prompt or config.prompt_file is not None:
+        asked = ReasonConfig(**config.reason)
+        _plan(restored, config.prompts(), asked, config.max_new_tokens)
+    else:
+        reasoning.check(config, restored)
 
 
 def run(config: InferConfig, restored: Restored) -> None:

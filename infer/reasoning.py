@@ -111,6 +111,13 @@ def data_config(config: InferConfig, restored: Restored) -> DataConfig:
     return evaluate.data_config(restored, config.data)
 
 
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError or FileNotFoundError where there is no such budget or no such data."""
+    data = data_config(config, restored)
+    if make_reasoner(restored, ReasonConfig(**config.reason), data).is_text:
+        evaluate.check(config, restored)
+
+
 def num_batches(config: InferConfig, reasoner: Reasoner) -> int | None:
     """How many batches to think about: of text a few, where nobody says; else all."""
     return config.eval_batches or (DEFAULT_BATCHES if reasoner.is_text else None)

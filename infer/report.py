@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,23 @@ from jaxlib_methods.train.plots import STYLE
 def name(config: InferConfig, restored: Restored) -> str:
     """The model for a reader: its workdir, and its step where it has one."""
     return config.workdir if restored.step is None else f"{config.workdir}, step {restored.step}"
+
+
+def check_output(config: InferConfig) -> None:
+    """Makes the folder of `output`. Raises ValueError where it cannot be written, in any mode."""
+    if not config.output:
+        return
+    flag, path = f"--output={config.output}", epath.Path(config.output).expanduser()
+    if config.mode != "export" and path.is_dir():
+        raise ValueError(f"{flag} is a folder; give the name of a file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{flag} cannot be written: {error}; give another") from error
+    # What is written whole or not at all is written beside it first.
+    beside = config.mode in ("export", "entropy") or not path.exists()
+    if "://" not in config.output and not os.access(path.parent if beside else path, os.W_OK):
+        raise ValueError(f"{flag} cannot be written: permission is denied; give another")
 
 
 def write(

@@ -131,31 +131,51 @@ def _language_model(
     return Trunk(model)
 
 
-def check(
+# What `params` and `mesh` are before the weights are read.
+_UNREAD: Any = None
+
+
+def describe(
     workdir: str,
-    mode: str,
     *,
+    step: int | None = None,
     think: Mapping[str, Any] | None = None,
     depth: Mapping[str, Any] | None = None,
-    reason: Mapping[str, Any] | None = None,
-) -> None:
-    """Raises ValueError where the model in `workdir` cannot do what is asked; see `restore`.
-
-    reason: fields of `ReasonConfig`. Reads its configuration alone, and touches no device.
-    """
+) -> Restored:
+    """All of `restore` but the weights: `params` and `mesh` are None. Touches no device."""
     folder = epath.Path(workdir).expanduser()
-    flags = {"think": think or {}, "depth": depth or {}, "reason": reason or {}}
+    flags = {"think": think or {}, "depth": depth or {}}
     if run_record.checkpoints_folder(folder).exists():
-        config = _read_record(folder).config
-        model = config.model
+        found = _describe_run(folder, step, flags)
+    elif step is not None:
+        raise ValueError(f"--step={step} is for a run; {workdir} holds no checkpoints")
     else:
-        config, model = None, checkpoint.load_pretrained(str(folder), weights=False).config
-    kind = kinds.kind_of(config, model)
-    kinds.check_mode(workdir, kind, mode)
-    kinds.check_flags(folder, kind, **flags)
+        found = _describe_huggingface(folder, flags)
+    return found._replace(think=ThinkConfig(**flags["think"]), depth=DepthConfig(**flags["depth"]))
+
+
+def check(
+    found: Restored, workdir: str, mode: str, *, reason: Mapping[str, Any] | None = None
+) -> None:
+    """Raises ValueError where the model described in `workdir` cannot do what is asked.
+
+    reason: fields of `ReasonConfig`.
+    """
+    kinds.check_mode(workdir, found.kind, mode)
+    kinds.check_flags(workdir, found.kind, reason=reason or {})
     if mode in ("generate", "evaluate", "score"):
-        thinking, deepness = ThinkConfig(**flags["think"]), DepthConfig(**flags["depth"])
-        _ = _language_model(config, model, think=thinking, depth=deepness, seed=0)
+        _ = found.language_model
+
+
+def load(found: Restored, workdir: str, mesh: Mesh) -> Restored:
+    """What `describe` found in `workdir`, with its parameters, sharded over the mesh."""
+    if found.config is None:
+        params = checkpoint.load_pretrained(workdir, mesh=mesh).params
+    else:
+        with ocp.training.Checkpointer(run_record.checkpoints_folder(workdir)) as checkpointer:
+            abstract = {"params": checkpoint.abstract_run_params(found.config, mesh)}
+            params = checkpoint.load(checkpointer, found.step, abstract)["params"]
+    return found._replace(params=params, mesh=mesh)
 
 
 def restore(
@@ -173,29 +193,16 @@ def restore(
     model that is recurrent in depth only.
     Raises FileNotFoundError or ValueError where there is no such model.
     """
-    folder = epath.Path(workdir).expanduser()
-    flags = {"think": think or {}, "depth": depth or {}}
-    if run_record.checkpoints_folder(folder).exists():
-        found = _restore_run(folder, mesh, step, flags)
-    elif step is not None:
-        raise ValueError(f"--step={step} is for a run; {workdir} holds no checkpoints")
-    else:
-        found = _restore_huggingface(folder, mesh, flags)
-    return found._replace(think=ThinkConfig(**flags["think"]), depth=DepthConfig(**flags["depth"]))
+    return load(describe(workdir, step=step, think=think, depth=depth), workdir, mesh)
 
 
 _Flags = dict[str, Mapping[str, Any]]
 
 
-def _read_record(folder: epath.Path) -> run_record.Record:
+def _describe_run(folder: epath.Path, step: int | None, flags: _Flags) -> Restored:
     record = run_record.read_record(folder)
     if record is None:
         raise FileNotFoundError(f"{folder} holds no run: it has no {run_record.CONFIG_FILE}")
-    return record
-
-
-def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags) -> Restored:
-    record = _read_record(folder)
     config = dataclasses.replace(record.config, workdir=str(folder))  # it may have been moved
     kinds.check_flags(folder, kinds.kind_of(config, config.model), **flags)
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
@@ -205,24 +212,20 @@ def _restore_run(folder: epath.Path, mesh: Mesh, step: int | None, flags: _Flags
             "trained; its ids mean something else now"
         )
     run_record.check_checkpoints(folder)
-    with ocp.training.Checkpointer(run_record.checkpoints_folder(folder)) as checkpointer:
-        steps = sorted(int(found.step) for found in checkpointer.checkpoints)
-        if not steps:
-            raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish one")
-        if step is not None and step not in steps:
-            known = ", ".join(map(str, steps))
-            raise ValueError(f"{folder} has no checkpoint of step {step}; there are {known}")
-        chosen = steps[-1] if step is None else step
-        abstract = {"params": checkpoint.abstract_run_params(config, mesh)}
-        params = checkpoint.load(checkpointer, chosen, abstract)["params"]
+    steps = run_record.steps(folder)
+    if not steps:
+        raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish one")
+    if step is not None and step not in steps:
+        known = ", ".join(map(str, steps))
+        raise ValueError(f"{folder} has no checkpoint of step {step}; there are {known}")
+    chosen = steps[-1] if step is None else step
     first = tokenizer.separator
-    return Restored(config, config.model, params, tokenizer, chosen, mesh, first, (first,))
+    return Restored(config, config.model, None, tokenizer, chosen, _UNREAD, first, (first,))
 
 
-def _restore_huggingface(folder: epath.Path, mesh: Mesh, flags: _Flags) -> Restored:
+def _describe_huggingface(folder: epath.Path, flags: _Flags) -> Restored:
     model = checkpoint.load_pretrained(str(folder), weights=False).config
     kinds.check_flags(folder, kinds.kind_of(None, model), **flags)
-    found = checkpoint.load_pretrained(str(folder), mesh=mesh)
     values = json.loads((folder / run_record.CONFIG_FILE).read_text())
     ends = values.get("eos_token_id")
     ends = (ends,) if isinstance(ends, int) else tuple(ends or ())
@@ -233,4 +236,4 @@ def _restore_huggingface(folder: epath.Path, mesh: Mesh, flags: _Flags) -> Resto
     first = values.get("bos_token_id")
     first = tokenizer.separator if first is None else int(first)
     stop_tokens = ends or (tokenizer.separator,)
-    return Restored(None, found.config, found.params, tokenizer, None, mesh, first, stop_tokens)
+    return Restored(None, model, None, tokenizer, None, _UNREAD, first, stop_tokens)

@@ -42,14 +42,7 @@ def score(restored: Restored, texts: Sequence[str]) -> list[Score]:
     the model's context.
     """
     model = restored.require_thinker("score")
-    encoded = [[int(i) for i in restored.tokenizer.encode(text)] for text in texts]
-    for text, ids in zip(texts, encoded, strict=True):
-        if not 0 < len(ids) <= restored.model.max_length:
-            raise ValueError(
-                f"the text {text[:20]!r} has {len(ids)} tokens; a score takes 1 to "
-                f"{restored.model.max_length}, the model's context"
-            )
-    scores = []
+    encoded, scores = _encode(restored, texts), []
     width = max(map(len, encoded))
     with jax.set_mesh(restored.mesh):
         for text, ids in zip(texts, encoded, strict=True):
@@ -60,6 +53,22 @@ def score(restored: Restored, texts: Sequence[str]) -> list[Score]:
             energies, nats = (np.asarray(x)[0, : len(ids)].tolist() for x in found)
             scores.append(Score(text, energies, nats))
     return scores
+
+
+def _encode(restored: Restored, texts: Sequence[str]) -> list[list[int]]:
+    encoded = [restored.tokenizer.encode(text).tolist() for text in texts]
+    for text, ids in zip(texts, encoded, strict=True):
+        if not 0 < len(ids) <= restored.model.max_length:
+            raise ValueError(
+                f"the text {text[:20]!r} has {len(ids)} tokens; a score takes 1 to "
+                f"{restored.model.max_length}, the model's context"
+            )
+    return encoded
+
+
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError where the prompts cannot be read or are empty or too long."""
+    _encode(restored, config.prompts())
 
 
 def run(config: InferConfig, restored: Restored) -> None:

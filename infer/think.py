@@ -1,8 +1,26 @@
 """What more computation at test time gives: `--mode=think`, for each kind of run that has it."""
 
-from jaxlib_methods.infer import kinds, think_budget, think_depth, think_energy, think_language
+from jaxlib_methods.infer import (
+    evaluate,
+    kinds,
+    reasoning,
+    think_budget,
+    think_depth,
+    think_energy,
+    think_language,
+)
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.restore import Restored
+
+
+def check(config: InferConfig, restored: Restored) -> None:
+    """Raises ValueError or FileNotFoundError where there is no such data, or no such budget."""
+    if restored.kind == "questions":
+        think_depth.check(config)
+    elif restored.kind == "thoughts":
+        reasoning.check(config, restored)
+    else:
+        evaluate.check(config, restored)
 
 
 def run(config: InferConfig, restored: Restored) -> None:

@@ -202,12 +202,16 @@ def _draw_movement(panels: Any, found: Frontier) -> None:
     panels[0].legend(title="difficulties", loc="best")
 
 
-def run(config: InferConfig, restored: Restored) -> None:
-    """Prints the table, draws it, and writes JSON where `output` is given."""
+def check(config: InferConfig) -> None:
+    """Raises ValueError where other data is asked for."""
     if config.data:
         raise ValueError(
             f"--data.{next(iter(config.data))} is for text; {config.workdir} draws its questions"
         )
+
+
+def run(config: InferConfig, restored: Restored) -> None:
+    """Prints the table, draws it, and writes JSON where `output` is given."""
     found = frontier(restored, max_batches=config.eval_batches)
     total = sum(found.counts)
     print(f"{report.name(config, restored)}: {total:,} validation questions\n{table(found)}")

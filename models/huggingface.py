@@ -254,7 +254,7 @@ def save_params(
     config_json = config_to_huggingface(cfg, family=family)
     config_json |= {"torch_dtype": leaves["embedding/table"].dtype.name, **(extra_config or {})}
     writes = jax.process_index() == 0
-    taken = writes and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    taken = writes and is_taken(folder)
     if multihost_utils.broadcast_one_to_all(np.asarray(taken)):
         raise FileExistsError(f"{folder} already exists; give a new or an empty folder")
     partial = folder.parent / f".{folder.name}.partial-{os.getpid()}"
@@ -280,6 +280,11 @@ def save_params(
         if writes:
             shutil.rmtree(partial, ignore_errors=True)
     multihost_utils.sync_global_devices("save_params")
+
+
+def is_taken(folder: Path) -> bool:
+    """Whether there is something already, so that `save_params` refuses the folder."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def _check_leaves(leaves: Mapping[str, Any], found: list[Placement]) -> None:

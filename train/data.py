@@ -168,6 +168,12 @@ def _files(sources: str, format: str) -> list[corpus.SourceFile]:
     return list(itertools.chain.from_iterable(found))
 
 
+def check_sources(cfg: DataConfig) -> None:
+    """Raises FileNotFoundError where a source has no files; opens none."""
+    for sources in filter(None, (cfg.source, cfg.validation_source)):
+        _files(sources, cfg.format)
+
+
 def _check_disjoint(cfg: DataConfig) -> None:
     assert cfg.validation_source is not None
     train, validation = (

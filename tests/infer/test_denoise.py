@@ -140,12 +140,12 @@ def test_other_runs_are_refused(tmp_path):
     asked = InferConfig(workdir="runs/a", mode="denoise")
     text = restored(ENERGY)._replace(config=RunConfig())
     with pytest.raises(ValueError, match="runs/a does not denoise images; give a run of energy_"):
-        denoise.run(asked, text)
+        denoise.check(asked, text)
     with pytest.raises(ValueError, match="runs/a does not denoise images"):
-        denoise.run(asked, text._replace(config=None))
+        denoise.check(asked, text._replace(config=None))
     masked = RunConfig(method="energy_image", method_config=EnergyImageConfig(task="mask"))
     with pytest.raises(ValueError, match="was trained with task=mask, not to denoise"):
-        denoise.run(asked, text._replace(config=masked))
+        denoise.check(asked, text._replace(config=masked))
 
 
 def test_a_picture_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):

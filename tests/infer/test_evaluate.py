@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxlib_methods.infer import evaluate as evaluate_module
+from jaxlib_methods.infer import report
 from jaxlib_methods.infer.config import InferConfig
 from jaxlib_methods.infer.evaluate import data_config, evaluate
 from jaxlib_methods.infer.restore import Restored
@@ -74,6 +75,21 @@ def test_data_of_the_run_unless_flags_replace_it(restored: Restored, cfg: DataCo
     run = restored._replace(config=RunConfig(data=cfg))
     assert data_config(run, {}) == cfg
     assert data_config(run, {"batch_size": 3}) == dataclasses.replace(cfg, batch_size=3)
+
+
+def test_an_output_without_permission_is_refused(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Of a file that is written beside its place the folder counts, of another the file."""
+    path = tmp_path / "made" / "out.json"
+    asked = InferConfig(workdir="runs/a", mode="evaluate", output=str(path))
+    report.check_output(asked)
+    assert list(tmp_path.iterdir()) == [path.parent]
+    monkeypatch.setattr(report.os, "access", lambda found, mode: str(found) == str(path))
+    with pytest.raises(ValueError, match=r"--output=.*out.json cannot be written: permission"):
+        report.check_output(asked)
+    path.touch()
+    report.check_output(asked)
+    with pytest.raises(ValueError, match="permission is denied; give another"):
+        report.check_output(dataclasses.replace(asked, mode="entropy"))
 
 
 def test_output_is_json(

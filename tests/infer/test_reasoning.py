@@ -14,6 +14,7 @@ from jaxlib_methods import reinforcement_midtraining as rmt
 from jaxlib_methods.infer import (
     evaluate,
     evaluate_thoughts,
+    generate_thoughts,
     reason_scores,
     reasoning,
     think,
@@ -297,6 +298,16 @@ def test_what_cannot_be_thought_is_refused(
 ):
     with pytest.raises(ValueError, match=message):
         reasoner_of(changed(restored_thoughts, **changes), **asked)
+
+
+@pytest.mark.parametrize("mode", ["generate", "evaluate", "think"])
+def test_a_budget_is_checked_without_weights(restored_thoughts: Restored, mode: Any):
+    modules = {"generate": generate_thoughts, "evaluate": evaluate_thoughts, "think": think}
+    described = restored_thoughts._replace(params=None)
+    modules[mode].check(InferConfig(workdir="a", mode=mode, reason={"budget": 4}), described)
+    wrong = InferConfig(workdir="a", mode=mode, reason={"budget": 1000})
+    with pytest.raises(ValueError, match=r"--reason.budget=1000 is too long"):
+        modules[mode].check(wrong, described)
 
 
 def test_questions_have_no_other_data(restored_thoughts: Restored):

@@ -144,6 +144,17 @@ def test_a_hugging_face_folder(
         ("think", {"depth": TOO_LATE}, None),
         ("export", {}, None),
         ("generate", {"depth": {"sampler": "continuous"}}, None),
+        ("evaluate", {"step": 5}, "has no checkpoint of step 5; there are 1"),
+        ("evaluate", {"data": {"source": "/nope"}}, "/nope does not exist; a data source is"),
+        ("think", {"data": {"validation_source": "/nope"}}, "/nope does not exist; a data source"),
+        ("evaluate", {"data": {"batch_size": 0}}, "data.batch_size=0 must be at least 1"),
+        ("think", {"data": {"sequence_length": 9999}}, "data.sequence_length=9999 is longer than"),
+        ("generate", {"max_new_tokens": 9999}, "max_new_tokens=9999 exceed the model's context"),
+        ("generate", {"prompt_file": "/nope"}, "--prompt_file=/nope cannot be read: [Errno 2]"),
+        ("generate", {"output": "WORKDIR"}, "--output=WORKDIR is a folder; give the name of a f"),
+        ("think", {"output": "WORKDIR/config.json/a"}, "a cannot be written: [Errno 17] File ex"),
+        ("export", {"output": "WORKDIR"}, "--output=WORKDIR already exists; give a new or an em"),
+        ("export", {"output": "WORKDIR/config.json/a"}, "a cannot be written: [Errno 17] File e"),
     ],
 )
 def test_what_a_model_cannot_do_is_refused_before_its_weights_are_read(
@@ -154,14 +165,17 @@ def test_what_a_model_cannot_do_is_refused_before_its_weights_are_read(
     flags: dict[str, Any],
     message: str | None,
 ):
-    """The folder holds the record of a run alone, and no mesh can be made."""
+    """The folder holds the record of a run and the name of a checkpoint; no mesh can be made."""
     cfg = TransformerConfig(
         num_layers=3, embed_dim=16, num_heads=2, recurrence=4, injection="none", block="sandwich"
     )
     run_record.write_config(tmp_path, Record(RunConfig(model=cfg), "bytes", "corpus"))
-    run_record.checkpoints_folder(tmp_path).mkdir()
-    given = {"prompt": ("x",)} if mode == "generate" else {}
-    asked = InferConfig(workdir=str(tmp_path), mode=mode, output="out", **given, **flags)
+    (run_record.checkpoints_folder(tmp_path) / "1").mkdir(parents=True)
+    given: dict[str, Any] = {"output": "WORKDIR/new/out", **flags}
+    if mode == "generate":
+        given["prompt"] = ("x",)
+    output = given.pop("output").replace("WORKDIR", str(tmp_path))
+    asked = InferConfig(workdir=str(tmp_path), mode=mode, output=output, **given)
 
     def make_mesh(**_: int) -> None:
         raise OSError("a device is touched")

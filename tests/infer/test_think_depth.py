@@ -195,7 +195,7 @@ def test_a_frontier_with_holes_is_drawn_and_is_json(tmp_path: Path):
 def test_what_it_cannot_do_is_refused(run: Restored):
     asked = InferConfig(workdir="runs/a", mode="think", data={"source": "b"})
     with pytest.raises(ValueError, match=r"--data.source is for text; runs/a draws its questions"):
-        think_depth.run(asked, run)
+        think.check(asked, run)
     with pytest.raises(ValueError, match="a run on reasoning questions predicts no text"):
         _ = run.language_model
     wrong = dataclasses.replace(asked, mode="evaluate")
