@@ -169,10 +169,11 @@ def check(
 
 def load(found: Restored, workdir: str, mesh: Mesh) -> Restored:
     """What `describe` found in `workdir`, with its parameters, sharded over the mesh."""
+    folder = epath.Path(workdir).expanduser()
     if found.config is None:
-        params = checkpoint.load_pretrained(workdir, mesh=mesh).params
+        params = checkpoint.load_pretrained(str(folder), mesh=mesh).params
     else:
-        with ocp.training.Checkpointer(run_record.checkpoints_folder(workdir)) as checkpointer:
+        with ocp.training.Checkpointer(run_record.checkpoints_folder(folder)) as checkpointer:
             abstract = {"params": checkpoint.abstract_run_params(found.config, mesh)}
             params = checkpoint.load(checkpointer, found.step, abstract)["params"]
     return found._replace(params=params, mesh=mesh)
