@@ -16,7 +16,7 @@ import numpy as np
 from jaxlib_methods.models.config import TransformerConfig
 from jaxlib_methods.models.partitioning import constrain
 from jaxlib_methods.models.recurrent_depth import Reading, initial_state, iterate, predict, read
-from jaxlib_methods.models.transformer import REMAT_POLICIES
+from jaxlib_methods.models.transformer import REMAT_POLICIES, count_positions
 
 SIGMA = 0.5  # of the logarithm of the rate, in `lognormal_poisson`
 
@@ -72,13 +72,19 @@ def forward(
     positions, segments: see `transformer.Transformer`. hidden_layer: 0 to `prelude_layers` is the
     stream after that block, `prelude_layers + j` the state after the j-th iteration with gradient
     (the last one where fewer are taken), "final" what the head reads. key: of s_0, unless a
-    `state` is given. Raises ValueError for an impossible number of iterations or layer.
+    `state` is given. Raises ValueError for an impossible number of iterations or layer, for rows
+    longer than what positions were learned, and for the configuration of a plain model.
     """
+    if not cfg.recurrence:
+        raise ValueError(
+            "recurrence 0 is a plain transformer; use init_params and forward of "
+            "models.language_model, or give a model with recurrence"
+        )
     check_hidden_layer(cfg, hidden_layer)
     num_steps = cfg.recurrence if num_steps is None else num_steps
     window = _window(cfg, num_steps, trained_steps)
     if positions is None:
-        positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
+        positions = count_positions(cfg, inputs)
     if segments is None:
         segments = jnp.ones_like(inputs)
     tap = hidden_layer if isinstance(hidden_layer, int) else None

@@ -88,15 +88,24 @@ class Transformer(nn.Module):
     ) -> Outputs:
         """Runs the trunk.
 
-        inputs: int32 `[B, L]`. positions: int32 `[B, L]`, counted within each document; None
-        counts from 0. segments: int32 `[B, L]`, 0 on padding; None is one document. A token sees
-        the tokens of its own segment whose position is not after its own.
+        inputs: int32 `[B, L]`. positions: int32 `[B, L]`, counted within each document, below
+        `cfg.max_length` where they are learned, which is not checked; None counts from 0.
+        segments: int32 `[B, L]`, 0 on padding; None is one document. A token sees the tokens of
+        its own segment whose position is not after its own.
         hidden_layer: k returns the residual stream after block k (0: the embedding), "final" the
-        state after the final norm. cache: appends the tokens and attends to what it holds.
-        num_logits: gives the logits of the last so many tokens alone, of all where None.
-        Raises ValueError for a hidden layer that does not exist or an impossible num_logits.
+        state after the final norm. cache: appends the tokens, which need positions, and attends to
+        what it holds. That it has room is the caller's to see to: tokens that do not fit take the
+        place of the last ones. num_logits: gives the logits of the last so many tokens alone, of
+        all where None.
+        Raises ValueError for a hidden layer that does not exist, an impossible num_logits, no
+        positions where they cannot be counted, and a recurrent configuration.
         """
         cfg = self.cfg
+        if cfg.recurrence:
+            raise ValueError(
+                f"a model of recurrence {cfg.recurrence} is no plain transformer; use init_params "
+                "and forward of models.language_model, or give recurrence 0"
+            )
         if hidden_layer not in (None, "final", *range(cfg.num_layers + 1)):
             raise ValueError(
                 f"hidden_layer {hidden_layer!r} does not exist; choose 0 to {cfg.num_layers}, "
@@ -107,8 +116,12 @@ class Transformer(nn.Module):
                 f"num_logits {num_logits} is impossible for {inputs.shape[1]} tokens; choose 1 to "
                 f"{inputs.shape[1]}, or None"
             )
+        if positions is None and cache is not None:
+            raise ValueError(
+                "a cache does not say where the next token of a row stands; give its positions"
+            )
         if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(inputs.shape[1])[None], inputs.shape)
+            positions = count_positions(cfg, inputs)
         if segments is None:
             segments = jnp.ones_like(inputs)
         keys_positions, keys_segments = positions, segments
@@ -149,6 +162,17 @@ class Transformer(nn.Module):
         if cfg.tie_embeddings:
             return mask_padding(cfg, tied_logits(x, table))
         return mask_padding(cfg, output_head(cfg, name="head")(x))
+
+
+def count_positions(cfg: TransformerConfig, inputs: jax.Array) -> jax.Array:
+    """Positions `[B, L]` of rows that are one document each; refused where no such is learned."""
+    length = inputs.shape[1]
+    if cfg.positions == "learned" and length > cfg.max_length:
+        raise ValueError(
+            f"rows of {length} tokens are longer than the {cfg.max_length} learned positions; give "
+            "shorter rows, or a model of a larger max_length"
+        )
+    return jnp.broadcast_to(jnp.arange(length)[None], inputs.shape)
 
 
 def token_table(cfg: TransformerConfig, name: str | None = None) -> Table:

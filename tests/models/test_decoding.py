@@ -127,7 +127,8 @@ def test_rows_that_share_a_prefix_equal_the_full_forward():
     apply, params = jax.jit(functools.partial(forward, cfg)), params_of(cfg)
     full = apply(params, rows).logits
     first = decoding.init_cache(cfg, batch_size=2, length=begin + 1)
-    prefix = apply(params, rows[::times, :begin], cache=first).cache
+    positions = jnp.broadcast_to(jnp.arange(begin)[None], (2, begin))
+    prefix = apply(params, rows[::times, :begin], positions=positions, cache=first).cache
     cache = decoding.branch(prefix, times, length=4)
     for left, right in [(5, 7), (7, 9)]:
         positions = jnp.broadcast_to(jnp.arange(left, right)[None], (2 * times, right - left))
@@ -136,6 +137,12 @@ def test_rows_that_share_a_prefix_equal_the_full_forward():
         np.testing.assert_allclose(out.logits, full[:, left:right], rtol=1e-5, atol=1e-5)
     assert (int(cache.length), cache.num_slots) == (4, 4)
     jax.tree.map(np.testing.assert_array_equal, cache.prefix, prefix)
+
+
+def test_a_cache_without_positions_is_refused():
+    cache = decoding.init_cache(ROTARY, batch_size=1, length=4)
+    with pytest.raises(ValueError, match="where the next token of a row stands; give its pos"):
+        forward(ROTARY, {}, jnp.zeros((1, 1), jnp.int32), cache=cache)
 
 
 def test_a_step_writes_its_cache_in_place():

@@ -343,6 +343,15 @@ def test_impossible_numbers_of_iterations_are_refused(steps, message):
         forward(BASE, DEVICE_PARAMS, DEVICE_TOKENS, key=KEY, **steps)
 
 
+def test_a_plain_configuration_and_rows_beyond_the_learned_positions_are_refused():
+    plain = dataclasses.replace(BASE, recurrence=0)
+    with pytest.raises(ValueError, match="0 is a plain transformer; use init_params and forward"):
+        forward(plain, DEVICE_PARAMS, DEVICE_TOKENS, key=KEY)
+    short = dataclasses.replace(BASE, positions="learned", max_length=2)
+    with pytest.raises(ValueError, match="longer than the 2 learned positions"):
+        forward(short, DEVICE_PARAMS, DEVICE_TOKENS, key=KEY)
+
+
 @pytest.mark.parametrize("layer", [-1, 4, "last"])
 def test_hidden_layers_that_do_not_exist_are_refused(layer):
     message = rf"hidden_layer {layer!r} does not exist; choose 0 to 1 \(prelude\), to 3 \(iter"

@@ -239,6 +239,24 @@ def test_a_language_model_passes_the_number_of_logits_on_or_refuses_it():
         run(recurrent, {}, TOKENS)
 
 
+def test_more_tokens_than_learned_positions_are_refused():
+    long = jnp.zeros((1, BASE.max_length + 1), jnp.int32)
+    with pytest.raises(ValueError, match="rows of 17 tokens are longer than the 16 learned pos"):
+        forward(LEARNED, params_of(LEARNED), long)
+    # Rotary positions go on, and a row of several documents begins each at 0.
+    jax.eval_shape(lambda: logits(BASE, long))
+    jax.eval_shape(lambda: logits(LEARNED, long, positions=jnp.arange(17)[None] % 9))
+
+
+def test_a_recurrent_configuration_is_refused():
+    recurrent = dataclasses.replace(BASE, recurrence=4)
+    message = "recurrence 4 is no plain transformer; use init_params and forward of models.lang"
+    with pytest.raises(ValueError, match=message):
+        init_params(recurrent, jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        forward(recurrent, params_of(BASE), TOKENS)
+
+
 # Parameters.
 
 
