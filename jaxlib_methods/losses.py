@@ -1,8 +1,9 @@
 """Every paper's mathematics as pure functions of arrays. Importing this costs only jax.
 
 A loss takes arrays first, returns one number per token in nats, and never reduces. `where`
-(bool) deletes a token before anything nonlinear happens to it, so it may hold NaN; reduce with
-`masked_sum` to (sum, count) and divide once, after micro-batches and hosts have been added.
+(bool) deletes a token before anything nonlinear happens to it, so it may hold NaN; weights, or
+another shape, are a ValueError. Reduce with `masked_sum` to (sum, count) and divide once, after
+micro-batches and hosts have been added.
 """
 
 # Dimension key: B batch, L sequence, D student width, E teacher width, V vocabulary.
@@ -19,8 +20,16 @@ def _wide(x: jax.Array) -> jax.Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def _check_where(where: jax.Array, shape: tuple[int, ...]) -> None:
+    if where.dtype != jnp.bool_ or where.shape != shape:
+        raise ValueError(f"where must be bool of shape {shape}, got {where.dtype} of {where.shape}")
+
+
 def _keep(x: jax.Array, where: jax.Array | None) -> jax.Array:
-    return x if where is None else jnp.where(where[..., None], x, jnp.zeros((), x.dtype))
+    if where is None:
+        return x
+    _check_where(where, x.shape[:-1])
+    return jnp.where(where[..., None], x, jnp.zeros((), x.dtype))
 
 
 def token_nll(logits: jax.Array, labels: jax.Array, *, where: jax.Array | None = None) -> jax.Array:
@@ -29,17 +38,22 @@ def token_nll(logits: jax.Array, labels: jax.Array, *, where: jax.Array | None =
         l_t = logsumexp_v z_tv - z_t[y_t]
 
     logits: `[B, L, V]`; labels: int `[B, L]`; where: bool `[B, L]`, False gives 0 and no gradient.
-    Returns `[B, L]` nats, float32 or better.
+    Returns `[B, L]` nats, float32 or better; NaN for a label that is none of the V, such as -100:
+    delete its token by `where`. Raises ValueError for labels that are not integers.
 
     >>> import jax.numpy as jnp
     >>> bool(jnp.allclose(token_nll(jnp.zeros((1, 1, 4)), jnp.array([[2]])), jnp.log(4.0)))
     True
     """
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
     logits = _wide(_keep(logits, where))
     # Compare and sum instead of a gather: a gather along a sharded vocabulary moves all of it.
     vocabulary = jnp.expand_dims(jnp.arange(logits.shape[-1]), range(labels.ndim))
     picked = vocabulary == labels[..., None]
     nll = jax.nn.logsumexp(logits, axis=-1) - jnp.where(picked, logits, 0.0).sum(axis=-1)
+    # No score would be picked of it, and the loss would have no lower bound.
+    nll = jnp.where((labels >= 0) & (labels < jnp.int32(logits.shape[-1])), nll, jnp.nan)
     return nll if where is None else jnp.where(where, nll, 0.0)
 
 
@@ -79,10 +93,7 @@ def masked_sum(values: jax.Array, *, where: jax.Array) -> tuple[jax.Array, jax.A
     >>> float(s), float(n)
     (3.0, 2.0)
     """
-    if where.dtype != jnp.bool_ or where.shape != values.shape:
-        raise ValueError(
-            f"where must be bool of shape {values.shape}, got {where.dtype} of {where.shape}"
-        )
+    _check_where(where, values.shape)
     return jnp.where(where, values, 0).sum(), where.sum(dtype=values.dtype)
 
 
@@ -217,6 +228,7 @@ def smooth_l1(
     """
     distance = _wide(prediction) - _wide(target)
     if where is not None:
+        _check_where(where, distance.shape)
         distance = jnp.where(where, distance, 0.0)
     size = jnp.abs(distance)
     return jnp.where(size < beta, 0.5 * distance**2 / beta, size - 0.5 * beta)
@@ -238,6 +250,7 @@ def binary_nll(
     """
     z, y = _wide(logits), _wide(targets)
     if where is not None:
+        _check_where(where, z.shape)
         z = jnp.where(where, z, 0.0)
     loss = jax.nn.softplus(z) - y * z
     return loss if where is None else jnp.where(where, loss, 0.0)

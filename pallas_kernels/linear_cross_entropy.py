@@ -60,10 +60,11 @@ def linear_cross_entropy_reference(
     """What `linear_cross_entropy` computes, by way of the logits `[..., V]`."""
     if where is not None:
         hidden = jnp.where(where[..., None], hidden, jnp.zeros((), hidden.dtype))
+    num_classes = num_classes or weight.shape[0]
     columns = jnp.arange(weight.shape[0])
-    columns = jnp.where(columns < (num_classes or weight.shape[0]), columns, NO_CLASS)
+    columns = jnp.where(columns < num_classes, columns, NO_CLASS)
     part = _tile_statistics(hidden, weight, columns, labels, _wide(scale, hidden))
-    return _finish(part, where)
+    return _finish(part, labels, num_classes, where)
 
 
 def linear_cross_entropy(
@@ -85,7 +86,8 @@ def linear_cross_entropy(
     hidden: `[..., D]`; weight: `[V, D]`, a table of embeddings or a head's transposed kernel, used
     in hidden's dtype; labels: int `[...]`; where: bool `[...]`, False gives 0 and no gradient.
     Returns three arrays `[...]`, float32 or better, all differentiable: in reverse, and forwards
-    or in reverse over that.
+    or in reverse over that. nll is NaN for a label that is no class: delete its token by `where`.
+    Raises ValueError for arrays of other shapes or types.
 
     num_classes: how many rows of weight are classes; the others pad the vocabulary. scale: a
     scalar without a gradient, such as 1 / temperature. axis_name: inside `jax.shard_map`, the mesh
@@ -98,7 +100,7 @@ def linear_cross_entropy(
     >>> bool(jnp.allclose(out.nll, jnp.log(4.0))), bool(jnp.allclose(out.entropy, jnp.log(4.0)))
     (True, True)
     """
-    _check(hidden, weight, labels)
+    _check(hidden, weight, labels, where)
     kernel = "gpu" if platform() == "gpu" else "tpu"
     chosen = choose(
         "linear_cross_entropy",
@@ -113,8 +115,9 @@ def linear_cross_entropy(
     if axis_name is not None:
         first = jax.lax.axis_index(axis_name) * num_columns
         num_columns *= jax.lax.axis_size(axis_name)
+    num_classes = num_classes or num_columns
     columns = first + jnp.arange(weight.shape[0], dtype=jnp.int32)
-    columns = jnp.where(columns < (num_classes or num_columns), columns, NO_CLASS)
+    columns = jnp.where(columns < num_classes, columns, NO_CLASS)
     # Made here, with their padding: where a function with a custom derivative makes an array of
     # nothing, JAX 0.10 to 0.12 may mistake it for what another one, around it, saved in a scan.
     if loop == "xla":
@@ -129,10 +132,12 @@ def linear_cross_entropy(
             functools.partial(jax.lax.pmax, axis_name=axis_name),
             functools.partial(jax.lax.psum, axis_name=axis_name),
         )
-    return _finish(part, where)
+    return _finish(part, labels, num_classes, where)
 
 
-def _check(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> None:
+def _check(
+    hidden: jax.Array, weight: jax.Array, labels: jax.Array, where: jax.Array | None
+) -> None:
     if weight.ndim != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(
             f"weight must be [V, {hidden.shape[-1]}] for hidden of {hidden.shape}, got "
@@ -143,6 +148,10 @@ def _check(hidden: jax.Array, weight: jax.Array, labels: jax.Array) -> None:
             f"labels must be integers of shape {hidden.shape[:-1]}, got {labels.dtype} of "
             f"{labels.shape}"
         )
+    if where is not None and (where.shape != labels.shape or where.dtype != jnp.bool_):
+        raise ValueError(
+            f"where must be bool of shape {labels.shape}, got {where.dtype} of {where.shape}"
+        )
 
 
 def _wide(scale: jax.Array | float, hidden: jax.Array) -> jax.Array:
@@ -151,9 +160,13 @@ def _wide(scale: jax.Array | float, hidden: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(jnp.asarray(scale, wide))
 
 
-def _finish(part: Part, where: jax.Array | None) -> TokenStatistics:
+def _finish(
+    part: Part, labels: jax.Array, num_classes: int, where: jax.Array | None
+) -> TokenStatistics:
     top = jax.lax.stop_gradient(part.top)
-    nll = (top - part.score) + part.spread
+    # The score of no class is 0, and the loss would have no lower bound.
+    known = (labels >= 0) & (labels < jnp.int32(num_classes))
+    nll = jnp.where(known, (top - part.score) + part.spread, jnp.nan)
     found = TokenStatistics(nll, part.entropy, top + part.spread)
     if where is None:
         return found

@@ -44,6 +44,30 @@ def test_token_nll_by_hand():
     np.testing.assert_allclose(got, [[math.log(4.0), math.log(4.0 / 3.0)]], rtol=1e-6)
 
 
+@pytest.mark.parametrize("label", [-100, -1, V, 200])
+@pytest.mark.parametrize("dtype", [np.int32, np.int16])
+def test_a_label_that_is_no_token_is_nan_unless_it_is_deleted(label, dtype):
+    labels = jnp.array([[0, label, 3], [2, 2, V - 1]], dtype)
+    got = token_nll(LOGITS, labels)
+    assert np.isnan(got).tolist() == (labels == label).tolist()
+
+    def total(logits):
+        nll = losses.token_nll(logits, labels, where=labels != label)
+        return nll.sum(), nll
+
+    (_, kept), slope = jax.value_and_grad(total, has_aux=True)(jnp.asarray(LOGITS))
+    np.testing.assert_array_equal(kept, jnp.where(labels == label, 0.0, got))
+    assert slope.any(axis=-1).tolist() == (labels != label).tolist()
+    assert not jnp.isnan(slope).any()
+
+
+def test_bytes_are_labels_and_numbers_with_a_point_are_none():
+    logits, labels = jnp.zeros((1, 1, 256)), jnp.full((1, 1), 255, jnp.uint8)
+    np.testing.assert_allclose(token_nll(logits, labels), [[math.log(256.0)]], rtol=1e-6)
+    with pytest.raises(ValueError, match="labels must be integers, got float32"):
+        losses.token_nll(logits, labels.astype(jnp.float32))
+
+
 def test_soft_cross_entropy_by_hand():
     # Teacher (1/4, 3/4), student (1/2, 1/2): log 2. Student (1/5, 4/5): 1/4 log 5 + 3/4 log 5/4.
     got = soft_cross_entropy(log_of(1.0, 1.0), log_of(1.0, 3.0))
@@ -124,6 +148,18 @@ def test_masked_sum_by_hand():
 def test_masked_sum_refuses_anything_but_a_bool_of_the_same_shape(where, got):
     with pytest.raises(ValueError, match=rf"where must be bool of shape \(2, 3\), got {got}"):
         losses.masked_sum(jnp.zeros((2, 3)), where=where)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_weights_are_no_where(dtype):
+    x, weights = jnp.asarray(LOGITS), jnp.asarray(WHERE, dtype)
+    message = rf"where must be bool of shape \(2, 3\), got {dtype.__name__}"
+    for loss, first, second, _ in LOSSES.values():
+        with pytest.raises(ValueError, match=message):
+            loss(first, second, where=weights)
+    for loss in (losses.smooth_l1, losses.binary_nll):
+        with pytest.raises(ValueError, match=message):
+            loss(x[..., 0], x[..., 1], where=weights)
 
 
 # Interpolation of features.

@@ -171,6 +171,28 @@ def test_at_any_temperature_only_classes_are_likely(loop):
     assert not slope.any()
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_label_that_is_no_class_is_nan_unless_it_is_deleted(loop):
+    # Of the padding, too, and of no row at all.
+    labels = np.where(WHERE, LABELS, 0)
+    labels[[1, 4, 7]] = -100, CLASSES, V
+    known = np.isin(np.arange(N), [1, 4, 7], invert=True)
+    dtype = "bfloat16" if loop == "gpu" else "float32"
+    hidden, weight = jnp.asarray(np.nan_to_num(HIDDEN), dtype), jnp.asarray(WEIGHT, dtype)
+    with running(loop) as op:
+
+        def deleting(hidden: jax.Array) -> Any:
+            nll = op(hidden, weight, labels, where=known, num_classes=CLASSES).nll
+            return nll.sum(), nll
+
+        got = op(hidden, weight, jnp.asarray(labels), num_classes=CLASSES)
+        (_, kept), slope = jax.value_and_grad(deleting, has_aux=True)(hidden)
+    np.testing.assert_array_equal(np.isnan(got.nll), ~known)
+    assert not jnp.isnan(got.entropy).any()
+    np.testing.assert_array_equal(kept, jnp.where(known, got.nll, 0.0))
+    np.testing.assert_array_equal(slope.any(axis=-1), known)
+
+
 def test_says_what_the_losses_say():
     hidden = jnp.asarray(HIDDEN, jnp.float32).reshape(1, N, D)
     labels, where = jnp.asarray(LABELS)[None], jnp.asarray(WHERE)[None]
@@ -243,6 +265,9 @@ def test_a_vocabulary_cut_over_devices():
         )
         for x, y in zip(got, expected, strict=True):
             assert distance(x, np.asarray(y, np.float64)) < 1e-5
+        # A label is unknown where no shard knows it.
+        nll = jax.jit(cut)(hidden, weight, labels.at[1].set(num_classes), SCALE).nll
+        assert jnp.isnan(nll).tolist() == [False, True, False, False]
 
 
 def test_derivatives_inside_another_custom_derivative_in_a_scan():
@@ -313,6 +338,8 @@ def test_an_impossible_argument_says_why():
         linear_cross_entropy(hidden, weight, jnp.zeros(3))
     with pytest.raises(ValueError, match=r"integers of shape \(3,\), got int32 of \(2,\)"):
         linear_cross_entropy(hidden, weight, labels[:2])
+    with pytest.raises(ValueError, match=r"where must be bool of shape \(3,\), got float32"):
+        linear_cross_entropy(hidden, weight, labels, where=jnp.ones(3))
     with pytest.raises(ValueError, match="no kernel is written for"):
         linear_cross_entropy(hidden, weight, labels, implementation="pallas")
     with dispatch.interpreted(), pytest.raises(ValueError, match="hidden is float16"):
