@@ -18,6 +18,8 @@ import numpy as np
 
 SPECIALS = ("<budget>", "<think>", "</think>", "<end>")
 _MARKUP = re.compile("|".join(map(re.escape, SPECIALS)))
+# A word in braces, and before it what has others: the arguments of a command of TeX.
+_WORD = re.compile(r"\\[A-Za-z]+(?:\{[^{}]*\})+|(\{[A-Za-z_]\w*\})")
 
 
 class Asked(NamedTuple):
@@ -95,15 +97,22 @@ def make_frame(
 
     before, after: text in which `{budget}` is the budget, in as many digits as `most` has, and the
     names of `SPECIALS` are their tokens; a backslash and n are a line break, which no flagfile
-    holds. Raises ValueError where the tokenizer has no such token, and where budgets give frames of
-    different lengths.
+    holds. Raises ValueError for another word in braces, where the tokenizer has no such token, and
+    where budgets give frames of different lengths.
     """
     digits = len(str(most))
 
     def table(template: str) -> np.ndarray:
         rows = []
+        template = template.replace(r"\n", "\n")
+        for word in filter(None, _WORD.findall(template)):
+            if word != "{budget}":
+                raise ValueError(
+                    f"the prompt {template!r} holds {word}, which stands for nothing; write "
+                    "{budget}, or other words without braces"
+                )
         for budget in range(most + 1):
-            text = template.replace(r"\n", "\n").replace("{budget}", f"{budget:0{digits}d}")
+            text = template.replace("{budget}", f"{budget:0{digits}d}")
             rows.append(_encode(text, encode, specials))
         lengths = {len(row) for row in rows}
         if len(lengths) > 1:

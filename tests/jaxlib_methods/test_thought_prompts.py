@@ -78,6 +78,20 @@ def test_a_backslash_and_n_are_a_line_break():
     assert found.before.tolist() == [[97, 10, 98, 48], [97, 10, 98, 49]]
 
 
+@pytest.mark.parametrize("prompt", ["<think>{budgt}", r"{budget}\n{length}", "{Budget}", "{{n}}"])
+def test_a_word_in_braces_that_stands_for_nothing_is_refused(prompt):
+    with pytest.raises(
+        ValueError, match=r"holds \{\w+\}, which stands for nothing; write {budget}"
+    ):
+        make_frame(ByteTokenizer().encode, ByteTokenizer().special, most=3, before="", after=prompt)
+
+
+@pytest.mark.parametrize("prompt", ['{"a": 1}', "{}", r"in \boxed{answer}", r"\frac{a}{b}", "{0}"])
+def test_other_braces_are_text(prompt):
+    found = make_frame(ByteTokenizer().encode, {}, most=0, before=prompt, after="")
+    assert bytes(found.before[0].astype("uint8").tolist()).decode() == prompt
+
+
 def test_frames_that_cannot_be():
     tokenizer = ByteTokenizer()
     with pytest.raises(ValueError, match="has no token <budget>; it has"):
