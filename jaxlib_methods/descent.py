@@ -63,8 +63,10 @@ def descent_step(
 ) -> Step:
     """One step down the energy, differentiable once in params, context, candidate and step size.
 
-    params, context: pytrees; leaves that are not floating point have no gradient. candidate:
-    floating point, any shape. step_size: of a shape that broadcasts to the candidate's.
+    params, context: pytrees; leaves that are not floating point have no gradient. What is
+    differentiated in must be among them: where `energy` closes over it instead, `recompute` ends
+    with JAX's CustomVJPException. candidate: floating point, any shape. step_size: of a shape that
+    broadcasts to the candidate's.
     memory: `recompute` keeps the arguments and computes the energy again in the backward pass;
     `save` is plain reverse over reverse, which keeps what the gradient's computation needs (5 to
     11 times more) and saves one evaluation.
@@ -167,7 +169,9 @@ def descend(
 
         y_k = start(z_k, k);   z_(k+1) = y_k - alpha * grad_y E(theta, context_at(x, k), y_k)
 
-    candidate: z_0. step_size: alpha, of a shape that broadcasts to the candidate's.
+    params, context: all that is differentiated in, never closed over; see `descent_step`.
+    candidate: z_0. step_size: alpha, of a shape that broadcasts to the candidate's. num_steps: a
+    Python int; `descend_freely` takes an array.
     start: from what a step left to where the next one begins (noise, a projection); k is an int32
     array. context_at: the context of step k. gradient: `all_steps` differentiates through the
     whole descent; `one_step` takes each z_k as a constant, so that what is computed from

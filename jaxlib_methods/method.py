@@ -65,7 +65,9 @@ class LossFn(Protocol):
 class StatefulLossFn(Protocol):
     """`loss(params, extra, batch, state, *, step, key) -> (scalar, metrics, new state)`.
 
-    Of a method with `init_state`. The state is an argument like the batch, without a gradient.
+    Of a method with `init_state`. The state is an argument like the batch, without a gradient. It
+    moves once for each micro-batch, in their order, so that a step depends on
+    `--train.num_microbatches`; what moves once a step belongs in `collect`, see `CollectFn`.
     """
 
     def __call__(
@@ -202,7 +204,9 @@ class Method:
     until, then: from optimiser step `until` on the run continues as `then`. The program of
         `then` contains nothing of this method, and `extra` is freed.
     init_state: key -> what a step changes beside the parameters (EBT: the replay buffer), boxed
-        like them and part of every checkpoint.
+        like them and part of every checkpoint. Parameters made from this key are not the run's,
+        which may come from `--checkpoint.init_from`: a copy of those is taken at step 0, as
+        `reinforcement_state.move` does.
     collect: see `CollectFn`. The method's state is then its own, and the loss is a `LossFn`.
     evaluate: what validation computes; None: the loss. A method with a state must give it.
     rows_multiple: the rows of a micro-batch on each device must be a multiple of it.

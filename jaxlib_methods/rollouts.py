@@ -89,7 +89,9 @@ def roll_out(
     """Samples `num_rollouts` responses to each prompt, of R = max_thought + 1 + max_answer slots.
 
     prompts: int32 `[N, P]`, left-padded; lengths: int32 `[N]`, at least 1. cache: empty, for N
-    rows, of at least P slots; each prompt is read once, and its rollouts share what it left there.
+    rows, of at least P slots; each prompt is read once, and its rollouts share what it left there:
+    an `apply` of one's own attends to `KVCache.prefix` too. That a prompt and its response stay
+    within the model's `max_length` is the caller's to see to.
 
     The first close ends the thought. After `thought_limit` tokens without one (none: max_thought,
     the most), `force_close` puts it there unsampled and the model answers; otherwise the response
@@ -101,7 +103,7 @@ def roll_out(
     `[N]`, the n of prompts that are a part of more. Temperature, limit, ids, lengths and key are
     data, not compiled in. Nothing here has a gradient. Raises ValueError for impossible sizes.
     """
-    _check(prompts, cache, num_rollouts, max_thought, max_answer, force_close)
+    _check(prompts, lengths, numbers, cache, num_rollouts, max_thought, max_answer, force_close)
     (N, _), G, R = prompts.shape, num_rollouts, max_thought + 1 + max_answer
     tokens = Tokens(*(jnp.asarray(token, jnp.int32) for token in tokens))
     limit = max_thought if thought_limit is None else jnp.minimum(thought_limit, max_thought)
@@ -137,6 +139,8 @@ def roll_out(
 
 def _check(
     prompts: jax.Array,
+    lengths: jax.Array,
+    numbers: jax.Array | None,
     cache: KVCache,
     num_rollouts: int,
     max_thought: int,
@@ -149,13 +153,17 @@ def _check(
         raise ValueError(
             f"max_thought {max_thought} and max_answer {max_answer} must be at least 0"
         )
+    N = prompts.shape[0]
+    for name, value in (("lengths", lengths), ("numbers", numbers)):
+        if value is not None and value.shape != (N,):
+            raise ValueError(f"{name} must be of shape {(N,)}, one for each prompt: {value.shape}")
     if max_thought == 0 and not force_close:
         raise ValueError("max_thought 0 samples nothing; give at least 1, or force_close")
     if not isinstance(cache, KVCache):
         raise ValueError(f"rollouts share a KVCache, not a {type(cache).__name__}")
-    if cache.positions.shape[0] != prompts.shape[0]:
+    if cache.positions.shape[0] != N:
         raise ValueError(
-            f"a cache for {cache.positions.shape[0]} rows does not fit {prompts.shape[0]} prompts; "
+            f"a cache for {cache.positions.shape[0]} rows does not fit {N} prompts; "
             "give one row to each prompt, not to each rollout"
         )
 

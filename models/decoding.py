@@ -357,7 +357,9 @@ def generate(
 
     tokens: int32 `[B, P]`, left-padded; lengths: int32 `[B]`; cache: empty, of at least
     P + max_new_tokens - 1 slots. Returns the new tokens, int32 `[B, T]`, and how many of each row
-    count, int32 `[B]`, a stop token included. See `decode_steps`.
+    count, int32 `[B]`, a stop token included. See `decode_steps`. Raises ValueError where the cache
+    has too few slots. That `lengths` and the new tokens stay within the model's `max_length` is the
+    caller's to see to: behind it learned positions mean nothing.
     """
     state = prefill(apply, params, tokens, lengths, cache=cache, max_new_tokens=max_new_tokens)
     state = decode_steps(

@@ -352,6 +352,7 @@ def test_rollouts_have_no_gradient():
         ({"max_answer": -1}, "max_thought 3 and max_answer -1 must be at least 0"),
         ({"max_thought": 0, "force_close": False}, "max_thought 0 samples nothing"),
         ({"cache": empty_cache(4, 20)}, "cache for 4 rows does not fit 2 prompts"),
+        ({"numbers": jnp.arange(3)}, r"numbers must be of shape \(2,\), one for each prompt: \(3,"),
         ({"cache": (1, 2)}, "rollouts share a KVCache, not a tuple"),
         ({"cache": empty_cache(2, 5)}, "cache of 5 slots is too small for 6 prompt tokens"),
     ],
