@@ -15,7 +15,13 @@ from jaxlib_methods.models import partitioning
 from jaxlib_methods.models.config import PUBLISHED
 from jaxlib_methods.train import checkpoint, data
 from jaxlib_methods.train.config import RunConfig
-from jaxlib_methods.train.prepare import build_method, place, plan, train_step_of
+from jaxlib_methods.train.prepare import (
+    build_method,
+    folders_before,
+    place,
+    plan,
+    train_step_of,
+)
 from jaxlib_methods.train.step import EvalStep, TrainStep, make_eval_step
 from jaxlib_methods.train.tokenizer import load_tokenizer
 
@@ -42,12 +48,12 @@ def program_of(config: RunConfig, mesh: Mesh) -> Program:
     bytes, and `data.source` for text. Raises ValueError where the run does not fit the mesh.
     """
     tokenizer = load_tokenizer(config.data.tokenizer or "bytes")
-    runs = plan(dataclasses.replace(config, compare=False)).values()
-    planned = {run.workdir: run for run in runs}
+    planned = folders_before(config, plan(dataclasses.replace(config, compare=False)))
 
     def load_pretrained(source: str, *, weights: bool = True, dtype: str | None = None) -> Any:
         if source in planned:
             run = planned[source]
+            checkpoint.require_language_model(run, source)
             params = checkpoint.abstract_run_params(run, mesh) if weights else None
             return Pretrained(run.model, _cast(params, dtype), tokenizer.fingerprint)
         if source in PUBLISHED and not epath.Path(source).exists():

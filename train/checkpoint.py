@@ -254,16 +254,21 @@ def is_language_model(config: RunConfig) -> bool:
     return getattr(config.method_config, "task", None) == "language"
 
 
+def require_language_model(config: RunConfig, folder: epath.PathLike) -> None:
+    """Raises ValueError where the run in `folder` trains another model than a transformer."""
+    if not is_language_model(config):
+        raise ValueError(
+            f"the run in {folder} trains a model of the method {config.method}, not a plain "
+            "transformer; give the run of another method, or a Hugging Face folder"
+        )
+
+
 def _load_run(
     folder: epath.Path, mesh: Mesh | None, weights: bool, dtype: str | None
 ) -> Pretrained:
     record = run_record.read_record(folder)
     assert record is not None
-    if not is_language_model(record.config):
-        raise ValueError(
-            f"the run in {folder} trains a model of the method {record.config.method}, not a plain "
-            "transformer; give the run of another method, or a Hugging Face folder"
-        )
+    require_language_model(record.config, folder)
     if not run_record.has_checkpoint(folder):
         raise FileNotFoundError(f"the run in {folder} has no checkpoint yet; let it finish first")
     if not weights:

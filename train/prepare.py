@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -134,13 +135,11 @@ def prepare(config: RunConfig, planned: Mapping[str, RunConfig] | None = None) -
     Raises ValueError or OSError for what would not work.
     """
     tokenizer = load_tokenizer(config.data.tokenizer, separator_id=config.data.separator_id)
-    runs = prerequisites(config) if planned is None else planned
-    folders = {run.workdir: run for run in runs.values()}
+    folders = folders_before(config, prerequisites(config) if planned is None else planned)
     method, versions = _build(config, tokenizer, folders)
     if method.dataset is None:
         _check_vocabulary(config, tokenizer)
-    if start_of(config) not in folders:
-        _check_given_weights(config, tokenizer)
+    _check_given_weights(config, tokenizer, folders)
     if config.train.tensorboard:
         metrics.require_tensorboard()
     if method.dataset is None:
@@ -154,6 +153,12 @@ def prepare(config: RunConfig, planned: Mapping[str, RunConfig] | None = None) -
     check_records(prepared)
     _make_folder(config.workdir)
     return prepared
+
+
+def folders_before(config: RunConfig, planned: Mapping[str, RunConfig]) -> dict[str, RunConfig]:
+    """Workdir -> run, of the planned runs that are finished when this one begins."""
+    before = itertools.takewhile(lambda run: run.workdir != config.workdir, planned.values())
+    return {run.workdir: run for run in before}
 
 
 @functools.lru_cache(maxsize=1)
@@ -197,11 +202,11 @@ def _build(
     versions: list[str] = []
 
     def load_pretrained(source: str, *, weights: bool = True, dtype: str | None = None) -> Any:
-        if not weights and source in planned:
-            return Pretrained(planned[source].model, None, tokenizer.fingerprint)
-        mesh = mesh_of(config.mesh) if weights else None
-        found = checkpoint.load_pretrained(source, mesh=mesh, weights=weights, dtype=dtype)
-        if not weights:
+        if weights:
+            mesh = mesh_of(config.mesh)
+            return checkpoint.load_pretrained(source, mesh=mesh, dtype=dtype)
+        found = _description(source, tokenizer, planned)
+        if source not in planned:
             versions.append(found.version)
         return found
 
@@ -230,16 +235,26 @@ def build_method(
     return registry.build(config.method, method_config, context)
 
 
-def _check_given_weights(config: RunConfig, tokenizer: Tokenizer) -> None:
-    weights = config.checkpoint.init_from
+def _description(source: str, tokenizer: Tokenizer, planned: Mapping[str, RunConfig]) -> Pretrained:
+    """A finished model without its parameters, or the one that a planned run will be."""
+    if source not in planned:
+        return checkpoint.load_pretrained(source, weights=False)
+    checkpoint.require_language_model(planned[source], source)
+    return Pretrained(planned[source].model, None, tokenizer.fingerprint)
+
+
+def _check_given_weights(
+    config: RunConfig, tokenizer: Tokenizer, planned: Mapping[str, RunConfig]
+) -> None:
+    weights = start_of(config)
     if weights is not None:
         if not checkpoint.is_language_model(config):
             raise ValueError(
-                f"checkpoint.init_from={weights} is for language models, and the method "
-                f"{config.method} trains another model here; give checkpoint.restore_from, a run "
-                "of its own"
+                f"checkpoint.init_from={config.checkpoint.init_from} is for language models, and "
+                f"the method {config.method} trains another model here; give "
+                "checkpoint.restore_from, a run of its own"
             )
-        found = checkpoint.load_pretrained(weights, weights=False)
+        found = _description(weights, tokenizer, planned)
         run_record.check_same_architecture(found.config, config.model, where=weights)
         if found.tokenizer not in (None, tokenizer.fingerprint):
             raise ValueError(

@@ -506,6 +506,26 @@ def test_what_cannot_be_is_known_before_the_teacher_is_trained(tiny, tmp_path):
         loop.run(tiny(tmp_path / "run", **let("preset:nothing")))
 
 
+def test_a_preset_of_another_model_is_refused_before_it_is_trained(tiny, tmp_path):
+    given = [{"init_from": "preset:energy_tiny"}, let("preset:energy_image_tiny")]
+    for fields in given:
+        with pytest.raises(ValueError, match=r"of the method energy(_image)?, not a plain"):
+            loop.run(tiny(tmp_path / "run", vocab_size=257, **fields))
+    assert not list(tmp_path.rglob("config.json"))
+
+
+@pytest.mark.parametrize("folder", ["run", "run/baseline"])
+def test_a_run_learns_from_none_that_is_not_there_before_it(folder: str, tiny, tmp_path):
+    for fields in (
+        let(tmp_path / folder),
+        let("preset:transformer_tiny") | {"init_from": str(tmp_path / folder)},
+        {"restore_from": str(tmp_path / folder), **let("preset:transformer_tiny")},
+    ):
+        with pytest.raises(FileNotFoundError, match=r"holds no (model|run with a checkpoint)"):
+            loop.run(tiny(tmp_path / "run", compare=True, vocab_size=257, **fields))
+    assert not list(tmp_path.rglob("config.json"))
+
+
 def test_a_relative_workdir_is_enough(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start(tiny("runs/one", num_steps=2, every=1))
