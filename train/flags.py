@@ -9,11 +9,11 @@ where it stands.
 import contextlib
 import dataclasses
 import difflib
+import dis
 import inspect
 import math
 import re
 import sys
-import traceback
 import types
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
@@ -298,7 +298,15 @@ def _unknown_flag(name: str, values: flags.FlagValues) -> str:
 
 
 def _raised_here(error: Exception) -> bool:
-    """Whether this package raised the error; JAX leaves a note where it cut its own frames."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module = frame.f_globals.get("__name__", "")
-    return module.split(".")[0] == "jaxlib_methods" and not hasattr(error, "__notes__")
+    """Whether this package raised the error.
+
+    JAX leaves a note where it cut its own frames; the last one left then stands at a call where
+    JAX raised the error, and at a `raise` where this package did, while it was traced.
+    """
+    last = error.__traceback__
+    assert last is not None
+    while last.tb_next is not None:
+        last = last.tb_next
+    module = last.tb_frame.f_globals.get("__name__", "")
+    raises = last.tb_frame.f_code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    return module.split(".")[0] == "jaxlib_methods" and (raises or not hasattr(error, "__notes__"))

@@ -182,7 +182,7 @@ PRESET = "--preset=transformer_tiny"
         (["--preset"], "Missing value for flag --preset"),
         (["--flagfile=/absent"], "Unable to open flagfile: [Errno 2] No such file or directory"),
         (["next_token"], "unexpected argument 'next_token'; flags are written --name=value"),
-        ([], "nothing to run: give --preset (one of transformer_tiny, late_to_early_tiny, "),
+        ([], "nothing to run: give --preset (one of " + ", ".join(flags.presets.PRESETS)),
         (["--preset=tiny"], "unknown preset 'tiny'; choose one of ['depth_recurrence_3p5b', "),
         (["--method=sgd"], "unknown method 'sgd'; choose one of ['depth_recurrence', "),
         (
@@ -284,6 +284,14 @@ def from_the_package(source: str) -> None:
         (
             "import pathlib; pathlib.Path('/absent').read_text()",
             "error: [Errno 2] No such file or directory: '/absent'\n",
+        ),
+        (
+            """
+            def refuse(x):
+                raise ValueError('no kernel for cpu')
+            jax.jit(jax.grad(refuse))(1.0)
+            """,
+            "error: no kernel for cpu\n",
         ),
     ],
 )
