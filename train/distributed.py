@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 PORT = 8476
 HOSTS = "JAXLIB_METHODS_HOSTS"  # plain ssh: the same comma-separated list on every host
 HEARTBEAT = "JAXLIB_METHODS_HEARTBEAT_SECS"
+INTERRUPTED = 128 + signal.SIGINT  # exit status, as a shell gives it
 HEARTBEAT_SECS = 100  # a process that is silent for so long is dead, and ends the others
 JOIN = "JAXLIB_METHODS_JOIN_SECS"
 JOIN_SECS = 3600  # a host may tokenise its corpus first
@@ -145,7 +146,10 @@ def _from_hosts(listed: str, hostname: str) -> dict:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets. Entered after `initialize`, whose handler it takes the place of.
+    """An event that SIGTERM and Ctrl-C set; a second Ctrl-C ends the process at once.
+
+    Entered after `initialize`, whose handler it takes the place of. What ends with status 0 after
+    Ctrl-C ends with 130 instead, so that a shell's `&&` does not go on.
 
     JAX's own notice is not used: Orbax asks for it too, from a thread and with other numbers, and
     a process that had passed the number agreed upon would never hear of it.
@@ -154,11 +158,26 @@ def stop_signal() -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    interrupted = threading.Event()
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        interrupted.set()
+        stop.set()
+
+    handlers = {signal.SIGTERM: lambda *_: stop.set(), signal.SIGINT: interrupt}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script
+        del handlers[signal.SIGINT]
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         yield stop
+    except SystemExit as end:
+        if interrupted.is_set() and not end.code:
+            raise SystemExit(INTERRUPTED) from None
+        raise
     finally:
-        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 class StopVote:

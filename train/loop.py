@@ -174,6 +174,9 @@ class _Loop:
         done_before = report.seconds_so_far(config.workdir) if process_0 else 0.0
         placed = {"mesh": self._mesh, "spec": partitioning.batch_spec()}
         size = config.data.batch_size
+        saved = self._checkpoints.latest_step is not None
+        if not saved and (epath.Path(config.workdir) / metrics.FILE_NAME).exists():
+            _say(f"the run before this one in {config.workdir} saved nothing; its metrics go")
         self._held_out = data.validation_batches(
             self._prepared.validation,
             batch_size=size,
@@ -185,7 +188,7 @@ class _Loop:
                 config.workdir,
                 num_steps=config.train.num_steps,
                 tensorboard=config.train.tensorboard,
-                start_step=step + 1,
+                start_step=step + 1 if saved else 0,
             ) as self._writer,
             contextlib.closing(
                 data.device_batches(

@@ -278,7 +278,7 @@ def check_records(prepared: Prepared) -> None:
     config, record = prepared.config, prepared.record
     stateful = prepared.method.init_state is not None
     saved = run_record.read_record(config.workdir)
-    if saved is not None:
+    if saved is not None and run_record.has_checkpoint(config.workdir):  # else begun anew
         run_record.check_same_run(saved, record, where=config.workdir, stateful=stateful)
     given = config.checkpoint.restore_from
     if given is not None:

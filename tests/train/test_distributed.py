@@ -131,6 +131,30 @@ def test_the_signal_sets_an_event_and_is_given_back():
         signal.signal(signal.SIGTERM, before)
 
 
+def test_ctrl_c_stops_with_130_and_once_more_ends_at_once():
+    def body():
+        with stop_signal() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.wait(10)
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+            sys.exit(0)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as stopped:
+        body()
+    assert stopped.value.code == 130
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_left_alone_where_it_is_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_signal():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_outside_the_main_thread_the_signal_is_left_alone():
     found = []
 

@@ -233,23 +233,40 @@ def test_given_runs_and_weights_are_checked_first(unbroken, tiny, tmp_path):
             prepare.prepare(tiny(tmp_path / "w", **fields))
 
 
-def test_sigterm_saves_and_exits_0(tiny, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_the_run(number, status, tiny, tmp_path, monkeypatch, capfd):
     kill_at = 3
     add = metrics.Accumulator.add
 
     def signalled(self, step, values):
         if step == kill_at:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         add(self, step, values)
 
     monkeypatch.setattr(metrics.Accumulator, "add", signalled)
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(SystemExit) as stopped:
         loop.run(tiny(tmp_path, every=0))
-    assert stopped.value.code == 0
+    assert stopped.value.code == status
     assert latest(tmp_path) == 3
     assert "stopped by a signal at step 3, saved" in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(number) is before
+
+
+def test_a_run_that_never_saved_claims_nothing(tiny, tmp_path, capfd, read_metrics):
+    start(tiny(tmp_path / "other", num_steps=8), stop_after=4)
+    config = tiny(tmp_path / "run", num_steps=3, every=0)
+    start(config)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")  # as if it had been killed before its end
+    start(tiny(tmp_path / "run", num_steps=6, restore_from=str(tmp_path / "other")))
+    assert "saved nothing; its metrics go" in capfd.readouterr().err
+    lines = read_metrics(tmp_path / "run")
+    assert steps_with(lines, "train/loss") == [5, 6]
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    start(tiny(tmp_path / "run", num_steps=2, seed=1))
+    assert steps_with(read_metrics(tmp_path / "run"), "train/loss") == [1, 2]
+    with pytest.raises(ValueError, match="belongs to a run with seed=1"):
+        loop.prepare(config)
 
 
 def times(workdir):
