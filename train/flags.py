@@ -109,6 +109,7 @@ def run_config(values: flags.FlagValues = flags.FLAGS) -> RunConfig:
         else:
             changes[section] = _replace(section, getattr(base, section), fields)
     config = dataclasses.replace(base, **changes)
+    _refuse_text(config, base, given.get("data", {}))
     folder = config.workdir or f"runs/{config.preset or config.method}"
     return dataclasses.replace(config, workdir=folder)
 
@@ -273,6 +274,27 @@ def _require_own(section: str, fields: dict[str, Any], method: str) -> None:
             f"--{section}.{name}={format_value(value)} belongs to the method {section}, but this "
             f"run's method is {method}; remove it or give --method={section}"
         )
+
+
+def _refuse_text(config: RunConfig, base: RunConfig, fields: dict[str, Any]) -> None:
+    """Refuses flags about text that differ from the base's, where no run of this one reads any."""
+    if _reads_text(config):
+        return
+    model_of_tokens = registry.entry(config.method).init_model is None
+    unread = ["source", "sequence_length", *([] if model_of_tokens else ["tokenizer"])]
+    for name, value in fields.items():
+        if name in unread and value != getattr(base.data, name):
+            raise ValueError(
+                f"--data.{name}={format_value(value)} is for text, and a run of {config.method} "
+                "draws its examples here; leave it out"
+            )
+
+
+def _reads_text(config: RunConfig) -> bool:
+    start = config.checkpoint.init_from or ""
+    return registry.entry(config.method).reads_text(config.method_config) or (
+        start.startswith("preset:") and _reads_text(presets.get(start.removeprefix("preset:")))
+    )
 
 
 def _replace(section: str, part: Any, fields: dict[str, Any]) -> Any:

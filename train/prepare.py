@@ -287,7 +287,9 @@ def check_records(prepared: Prepared) -> None:
             raise FileNotFoundError(
                 f"checkpoint.restore_from={given} holds no run with a checkpoint"
             )
-        run_record.check_same_run(other, record, where=given, stateful=stateful)
+        run_record.check_same_run(
+            other, record, where=given, stateful=stateful, flag="--checkpoint.restore_from"
+        )
 
 
 class Placed(NamedTuple):

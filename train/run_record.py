@@ -168,11 +168,17 @@ def to_json(record: Record) -> dict[str, Any]:
 
 
 def check_same_run(
-    saved: Record, current: Record, *, where: object, stateful: bool = False
+    saved: Record,
+    current: Record,
+    *,
+    where: object,
+    stateful: bool = False,
+    flag: str = "--workdir",
 ) -> None:
     """Raises ValueError naming the first value in which a saved run is another than this one.
 
-    stateful: the method has a state, whose rows are those of a micro-batch.
+    stateful: the method has a state, whose rows are those of a micro-batch. flag: what named
+    the saved run.
     """
     old, new = to_dict(saved.config), to_dict(current.config)
     pairs = [(name, old[name], new[name]) for name in IDENTITY]
@@ -191,7 +197,7 @@ def check_same_run(
         if before != now:
             raise ValueError(
                 f"{where} belongs to a run with {name}={before}, this run has {name}={now}; "
-                "give another --workdir, or the same value"
+                f"give another {flag}, or the same value"
             )
     if saved.until != current.until:
         raise ValueError(
@@ -203,13 +209,13 @@ def check_same_run(
         raise ValueError(
             f"the finished model that {where} learns from has changed since then, from "
             f"{saved.pretrained!r} to {current.pretrained!r}; give the same model, or another "
-            "--workdir"
+            f"{flag}"
         )
     if saved.tokenizer != current.tokenizer or saved.corpus != current.corpus:
         what = "corpus" if saved.tokenizer == current.tokenizer else "tokenizer"
         raise ValueError(
             f"the {what} has changed since {where} was written: its position in the data would "
-            "mean other text; give another --workdir (--checkpoint.init_from keeps the weights)"
+            f"mean other text; give another {flag} (--checkpoint.init_from keeps the weights)"
         )
 
 

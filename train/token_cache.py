@@ -141,7 +141,10 @@ def _cache_root(cache: str) -> pathlib.Path:
     if "://" in cache:
         raise ValueError(f"data.cache={cache} must be a local folder: it is memory-mapped")
     root = pathlib.Path(cache).expanduser()
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"data.cache={cache} cannot be made: {error}; give another") from error
     return root
 
 

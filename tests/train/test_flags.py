@@ -201,12 +201,31 @@ PRESET = "--preset=transformer_tiny"
             [PRESET, "--train.num_microbatches=3"],
             "data.batch_size=8 is not a multiple of train.num_microbatches=3",
         ),
+        (
+            ["--preset=energy_image_tiny", "--data.source=x"],
+            "--data.source=x is for text, and a run of energy_image draws its examples here; leave",
+        ),
+        (
+            ["--preset=depth_recurrence_reachability_tiny", "--data.tokenizer=x"],
+            "--data.tokenizer=x is for text, and a run of depth_recurrence draws its examples",
+        ),
+        (
+            ["--preset=reinforcement_midtraining_parity_warm_up", "--data.sequence_length=9"],
+            "--data.sequence_length=9 is for text, and a run of reinforcement_midtraining draws",
+        ),
     ],
 )
 def test_a_mistake_is_one_sentence(arguments: list[str], message: str):
     with pytest.raises(ValueError, match=r".") as caught:
         configured(*arguments)
     assert str(caught.value).startswith(message)
+
+
+def test_a_run_that_draws_its_examples_may_begin_with_one_that_reads_text():
+    parity = "--preset=reinforcement_midtraining_parity_warm_up"
+    config = configured(parity, "--data.source=x", "--checkpoint.init_from=preset:transformer_tiny")
+    assert config.data.source == "x"
+    assert configured(parity, "--data.tokenizer=x").data.tokenizer == "x"
 
 
 def test_undefok_and_help_come_from_absl():

@@ -225,7 +225,11 @@ def test_a_finished_run_given_is_refused(unbroken, tiny, tmp_path):
 def test_given_runs_and_weights_are_checked_first(unbroken, tiny, tmp_path):
     refused = [
         ({"restore_from": str(tmp_path)}, FileNotFoundError, "holds no run with a checkpoint"),
-        ({"restore_from": unbroken.workdir, "seed": 1}, ValueError, "with seed=0"),
+        (
+            {"restore_from": unbroken.workdir, "seed": 1},
+            ValueError,
+            "with seed=0, .* give another --checkpoint.restore_from, or the same value",
+        ),
         ({"init_from": unbroken.workdir, "mlp_dim": 8}, ValueError, r"model\.mlp_dim=32"),
     ]
     for fields, kind, message in refused:

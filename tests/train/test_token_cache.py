@@ -251,6 +251,12 @@ def test_cache_in_a_bucket_is_refused(corpus: Path) -> None:
         open_stream(str(corpus), ByteTokenizer(), split=None, cache="gs://b/c")
 
 
+def test_a_cache_that_cannot_be_made_is_named(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"data.cache=.*/file/a cannot be made: .*; give another"):
+        open_stream(str(corpus), ByteTokenizer(), split=None, cache=str(tmp_path / "file" / "a"))
+
+
 def test_fingerprint_depends_on_the_text_not_on_its_place(corpus: Path, tmp_path: Path) -> None:
     first = open_stream(str(corpus), ByteTokenizer(), split=None).fingerprint
     corpus.rename(tmp_path / "moved")
