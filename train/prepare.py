@@ -147,8 +147,9 @@ def prepare(config: RunConfig, planned: Mapping[str, RunConfig] | None = None) -
     else:
         dataset, validation = method.dataset("train"), method.dataset("validation")
     record = Record(
-        config, tokenizer.fingerprint, dataset.fingerprint, method.until, "; ".join(versions)
-    )
+        config, tokenizer.fingerprint, dataset.fingerprint, method.until, "; ".join(versions),
+        validation.fingerprint,
+    )  # fmt: skip
     prepared = Prepared(config, record, method, dataset, validation)
     check_records(prepared)
     _make_folder(config.workdir)

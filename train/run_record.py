@@ -42,6 +42,7 @@ class Record(NamedTuple):
     corpus: str  # fingerprint
     until: int | None = None  # the step at which the method becomes another
     pretrained: str = ""  # versions of the finished models that the method reads
+    validation: str = ""  # fingerprint of the text or examples that are held out
 
 
 def write_config(workdir: epath.PathLike, record: Record) -> None:
@@ -112,6 +113,7 @@ def _from_json(values: dict[str, Any], path: epath.Path) -> Record:
             values["corpus"],
             values.get("until"),
             values.get("pretrained", ""),
+            values.get("validation", ""),
         )
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} does not describe a run of this version: {error}") from error
@@ -164,6 +166,7 @@ def to_json(record: Record) -> dict[str, Any]:
         "corpus": record.corpus,
         "until": record.until,
         "pretrained": record.pretrained,
+        "validation": record.validation,
     }
 
 
@@ -216,6 +219,11 @@ def check_same_run(
         raise ValueError(
             f"the {what} has changed since {where} was written: its position in the data would "
             f"mean other text; give another {flag} (--checkpoint.init_from keeps the weights)"
+        )
+    if saved.validation not in ("", current.validation):  # older records do not say
+        raise ValueError(
+            f"the text that is held out has changed since {where} was written: its losses would "
+            f"not compare; give the same text, or another {flag}"
         )
 
 

@@ -488,6 +488,7 @@ def test_validation(cfg: ReinforcementMidtrainingConfig, monkeypatch: pytest.Mon
 def test_places_drawn_anywhere_are_of_no_tier():
     anywhere = dataclasses.replace(TEXT, positions="uniform")
     method, batch = rmt.make(anywhere, context()), text_batch()
+    assert method.evaluate is not None
     evaluate = functools.partial(method.evaluate, step=jnp.int32(0), key=KEY)
     _, found = jax.jit(evaluate)(PARAMS, method.init(KEY), batch)
     assert {name for name in found if "accuracy" in name} == {"accuracy", "plain_accuracy"}

@@ -136,6 +136,13 @@ def test_an_older_record_names_a_teacher_by_its_step_alone():
         run_record.check_same_run(same, record, where="w")
 
 
+def test_other_held_out_text_is_refused():
+    record = RECORD._replace(validation="one")
+    run_record.check_same_run(RECORD, record, where="w")  # an older record does not say
+    with pytest.raises(ValueError, match="text that is held out has changed since w was written"):
+        run_record.check_same_run(record, RECORD._replace(validation="two"), where="w")
+
+
 def test_a_longer_run_does_not_move_the_step_at_which_its_method_changes():
     record = RECORD._replace(until=250)
     run_record.check_same_run(record, record, where="w")
