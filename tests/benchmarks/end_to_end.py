@@ -83,8 +83,9 @@ def mid_training(model: TransformerConfig) -> Method:
         init_from="random weights",
     )
     cfg = ReinforcementMidtrainingConfig(
-        rollouts=4, max_thought=THOUGHT, budget=THOUGHT, prompt_length=32, prompt_after="<think>"
-    )
+        rollouts=4, max_thought=THOUGHT, budget=THOUGHT, prompt_length=32, prompt_after="<think>",
+        length_weight=0.0,
+    )  # fmt: skip
     return rmt.make(cfg, context)
 
 

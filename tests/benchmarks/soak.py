@@ -25,7 +25,7 @@ from absl import app, flags
 
 MINUTES = flags.DEFINE_float("minutes", 30.0, "Of all lives together.")
 LIVES = flags.DEFINE_integer("lives", 3, "Processes, one after the other.", lower_bound=1)
-PRESET = flags.DEFINE_string("preset", "transformer_tiny", "What is trained.")
+PRESET = flags.DEFINE_string("preset", "transformer_tiny", "What is trained, of text.")
 WORKDIR = flags.DEFINE_string("workdir", None, "A new folder; by default one that is removed.")
 
 GOAL_MIB_PER_HOUR = 20.0
