@@ -211,15 +211,6 @@ class ReinforcementMidtrainingConfig:
             f"length_weight={self.length_weight} has no meaning with reward=information_gain, "
             "which is in nats; give length_weight=0",
         )
-        if (
-            self.length_weight > 0
-            and "{budget}" not in (self.prompt_before or "") + self.prompt_after
-        ):
-            warnings.warn(
-                f"length_weight={self.length_weight} rewards a length that no prompt shows; put "
-                "{budget} into prompt_before or prompt_after, or give length_weight=0",
-                stacklevel=2,
-            )
         _require(
             self.least_budget <= self.budget <= self.max_thought,
             f"budget={self.budget} must be between least_budget={self.least_budget} and "

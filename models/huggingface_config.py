@@ -226,9 +226,7 @@ def _refuse(key: str, value: Any, possible: str) -> ValueError:
     return ValueError(f"config.json has {key}={value!r}, which this trunk cannot run: {possible}")
 
 
-def _read(
-    values: Mapping[str, Any], key: str, kind: type, default: Any = None, *, least: int = 1
-) -> Any:
+def _read(values: Mapping, key: str, kind: type, default: Any = None, *, least: int = 1) -> Any:
     """An int, float or dict of config.json; the default where the key is absent or null.
 
     Raises ValueError for another kind, an int outside `least` to `_MOST` or what is not finite.
@@ -272,7 +270,11 @@ def config_from_huggingface(config_json: Mapping[str, Any], **overrides: Any) ->
     missing = [key for key in family.sizes.values() if config_json.get(key) is None]
     if missing:
         raise ValueError(f"config.json of model_type {model_type!r} lacks {', '.join(missing)}")
-    values = _sizes(config_json, family)
+    may_be_zero = ("prelude_layers", "coda_layers")
+    values: dict[str, Any] = {
+        ours: _read(config_json, key, int, least=0 if ours in may_be_zero else 1)
+        for ours, key in family.sizes.items()
+    }
     values |= family.fixed
     for key, (default, fields) in family.switches.items():
         switch = config_json.get(key, default)
@@ -298,14 +300,6 @@ def config_from_huggingface(config_json: Mapping[str, Any], **overrides: Any) ->
         key, value, wanted = wrong
         raise _refuse(key, value, f"it must be {wanted}")
     return dataclasses.replace(cfg, **overrides)
-
-
-def _sizes(config_json: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    may_be_zero = ("prelude_layers", "coda_layers")
-    return {
-        ours: _read(config_json, key, int, least=0 if ours in may_be_zero else 1)
-        for ours, key in family.sizes.items()
-    }
 
 
 def _refuse_what_we_lack(config_json: Mapping[str, Any], family: Family) -> None:

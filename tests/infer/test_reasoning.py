@@ -170,7 +170,7 @@ def test_thoughts_are_those_of_the_rollouts(
 
 def test_a_budget_cuts_thoughts_and_is_data(restored_thoughts: Restored):
     """Where no prompt shows it, a shorter budget is the beginning of a longer one."""
-    restored = changed(restored_thoughts, prompt_after="<think>", length_weight=0.0)
+    restored = changed(restored_thoughts, prompt_after="<think>")
     reasoner = reasoner_of(restored)
     before = cast(Any, reason_scores._measure)._cache_size()
     found = measured(restored, reasoner)
@@ -289,11 +289,7 @@ def test_what_is_evaluated_and_thought_about_is_written(
     ("asked", "changes", "message"),
     [
         ({"budget": 10}, {}, "10 has more digits than the prompts .* at most 6; give at most 9"),
-        (
-            {"budget": 53},
-            {"prompt_after": "<think>", "length_weight": 0.0},
-            "10 tokens and an answer of 1 leave 52",
-        ),
+        ({"budget": 53}, {"prompt_after": "<think>"}, "10 tokens and an answer of 1 leave 52"),
         ({"places": 2}, {}, "--reason.places=2 is for text"),
     ],
 )

@@ -748,13 +748,6 @@ def test_configurations_that_cannot_be(fields: dict[str, Any], message: str):
         ReinforcementMidtrainingConfig(**fields)
 
 
-def test_a_length_that_no_prompt_shows_is_warned_of():
-    with pytest.warns(UserWarning, match="length_weight=0.3 rewards a length that no prompt shows"):
-        ReinforcementMidtrainingConfig(prompt_after="<think>")
-    ReinforcementMidtrainingConfig(prompt_before="{budget}", prompt_after="<think>")
-    ReinforcementMidtrainingConfig(prompt_after="<think>", length_weight=0.0)
-
-
 def test_a_length_that_outweighs_the_answer_is_warned_of():
     with pytest.warns(UserWarning, match="a wrong answer whose thought has the best length"):
         ReinforcementMidtrainingConfig(length_weight=0.5)

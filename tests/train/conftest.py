@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,14 @@ def read_metrics(workdir: Path) -> list[dict[str, Any]]:
         for line in lines
     ]
     return [line for line in steady if line.keys() != {"step"}]
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """Ctrl-C is heard; what a script starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(name="read_metrics")

@@ -419,7 +419,7 @@ def test_a_model_without_weights_is_found_out_without_a_device(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
         checkpoint.load_pretrained(str(bare), weights=False)
     other = make_huggingface(tmp_path / "other", weights=True)
-    with pytest.raises(ValueError, match=r"lm_head.weight is \[2, 2\], wanted \[\d+, 16\]; model"):
+    with pytest.raises(ValueError, match="does not hold this model: its 1 tensors are too few"):
         checkpoint.load_pretrained(str(other), weights=False)
 
 

@@ -131,6 +131,7 @@ def test_the_signal_sets_an_event_and_is_given_back():
         signal.signal(signal.SIGTERM, before)
 
 
+@pytest.mark.usefixtures("interrupts")
 def test_ctrl_c_stops_with_130_and_once_more_ends_at_once():
     def body():
         with stop_signal() as stop:

@@ -238,6 +238,7 @@ def test_given_runs_and_weights_are_checked_first(unbroken, tiny, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.usefixtures("interrupts")
 def test_a_signal_saves_and_ends_the_run(number, status, tiny, tmp_path, monkeypatch, capfd):
     kill_at = 3
     add = metrics.Accumulator.add
